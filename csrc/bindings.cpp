@@ -1,0 +1,170 @@
+// avmae_kernels._C: NumPy arrays in and out, the GIL released while the numbers are made.
+//
+// avmae_kernels/masking.py is the public face and checks what users pass; here only what would
+// write out of bounds is checked again.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "masks.h"
+#include "permutation.h"
+#include "philox.h"
+
+namespace py = pybind11;
+
+namespace avmae {
+namespace {
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+MaskKind kind_from_name(const std::string& name) {
+  static const std::map<std::string, MaskKind> kinds = {
+      {"random", MaskKind::kRandom},       {"tube", MaskKind::kTube},
+      {"block", MaskKind::kBlock},         {"time", MaskKind::kTime},
+      {"frequency", MaskKind::kFrequency}, {"time_frequency", MaskKind::kTimeFrequency},
+  };
+  const auto found = kinds.find(name);
+  require(found != kinds.end(), "kind: unknown");
+  return found->second;
+}
+
+std::tuple<Array<int32_t>, Array<int32_t>, Array<int32_t>> py_sample_masks(
+    const std::string& kind, const std::array<int64_t, 3>& grid, int64_t masked_units,
+    int64_t masked_columns, const Array<int64_t>& keys, uint64_t seed, uint32_t stream) {
+  const MaskPlan plan{kind_from_name(kind), grid, masked_units, masked_columns};
+  check(plan);
+  require(keys.ndim() == 1, "keys: must have one axis");
+  const int64_t batch = keys.shape(0), tokens = plan.tokens();
+  const int64_t masked_count = plan.masked_tokens(), visible_count = tokens - masked_count;
+  // Three views of one allocation: of three, glibc hands the pages back to the kernel batch after
+  // batch, and faulting them in again takes longer than drawing the masks.
+  Array<int32_t> lists(2 * batch * tokens);
+  int32_t* visible = lists.mutable_data();
+  int32_t* masked = visible + batch * visible_count;
+  int32_t* inverse = masked + batch * masked_count;
+  const int64_t* keys_data = keys.data();
+  {
+    py::gil_scoped_release release;
+    sample_masks(plan, keys_data, batch, seed, stream, visible, masked, inverse);
+  }
+  return {Array<int32_t>({batch, visible_count}, visible, lists),
+          Array<int32_t>({batch, masked_count}, masked, lists),
+          Array<int32_t>({batch, tokens}, inverse, lists)};
+}
+
+Array<uint32_t> py_philox(const Array<uint32_t>& counters, const Array<uint32_t>& keys) {
+  require(counters.ndim() == 2 && counters.shape(1) == 4, "counters: must be [M, 4]");
+  require(keys.ndim() == 2 && keys.shape(1) == 2 && keys.shape(0) == counters.shape(0),
+          "keys: must be [M, 2]");
+  const int64_t rows = counters.shape(0);
+  Array<uint32_t> out({rows, int64_t{4}});
+  const uint32_t *counter = counters.data(), *key = keys.data();
+  uint32_t* words = out.mutable_data();
+  {
+    py::gil_scoped_release release;
+    for (int64_t row = 0; row < rows; ++row) {
+      const uint32_t* c = counter + 4 * row;
+      const Block block = philox({c[0], c[1], c[2], c[3]}, key[2 * row], key[2 * row + 1]);
+      std::copy(block.begin(), block.end(), words + 4 * row);
+    }
+  }
+  return out;
+}
+
+Array<int64_t> py_permute(const Array<int64_t>& indices, int64_t n, uint64_t seed, int64_t key) {
+  require(n >= 1 && n <= int64_t{1} << 40, "n: must lie between 1 and 2**40");
+  require(indices.ndim() == 1, "indices: must have one axis");
+  const int64_t count = indices.shape(0);
+  Array<int64_t> out(count);
+  const int64_t* in_data = indices.data();
+  int64_t* out_data = out.mutable_data();
+  {
+    py::gil_scoped_release release;
+    const KeyedPermutation permutation(static_cast<uint64_t>(n), seed, key);
+    for (int64_t i = 0; i < count; ++i) {
+      // An index outside the domain could walk for ever.
+      require(in_data[i] >= 0 && in_data[i] < n, "indices: must lie in [0, n)");
+      out_data[i] = static_cast<int64_t>(permutation(static_cast<uint64_t>(in_data[i])));
+    }
+  }
+  return out;
+}
+
+Array<double> py_keyed_uniform(uint64_t seed, const Array<int64_t>& keys, uint32_t stream,
+                               int64_t count) {
+  require(keys.ndim() == 1 && count >= 0, "keys: must have one axis; count: at least 0");
+  const int64_t batch = keys.shape(0);
+  Array<double> out({batch, count});
+  const int64_t* keys_data = keys.data();
+  double* out_data = out.mutable_data();
+  {
+    py::gil_scoped_release release;
+    for (int64_t row = 0; row < batch; ++row) {
+      const Draws draws(seed, Purpose::kUniform, stream, keys_data[row]);
+      for (int64_t i = 0; i < count; ++i) {
+        const Block words = draws.block(static_cast<uint32_t>(i / 2));
+        const uint64_t bits = uint64_t{words[i % 2 * 2 + 1]} << 32 | words[i % 2 * 2];
+        // 53 bits are all a double in [0, 1) can tell apart; the product is exact.
+        *out_data++ = static_cast<double>(bits >> 11) * 0x1p-53;
+      }
+    }
+  }
+  return out;
+}
+
+Array<int64_t> py_keyed_integers(uint64_t seed, const Array<int64_t>& keys, uint32_t stream,
+                                 int64_t count, const Array<int64_t>& highs) {
+  require(keys.ndim() == 1 && count >= 0, "keys: must have one axis; count: at least 0");
+  require(highs.ndim() == 1 && highs.shape(0) == keys.shape(0), "highs: must be as long as keys");
+  const int64_t batch = keys.shape(0);
+  Array<int64_t> out({batch, count});
+  const int64_t *keys_data = keys.data(), *highs_data = highs.data();
+  int64_t* out_data = out.mutable_data();
+  {
+    py::gil_scoped_release release;
+    for (int64_t row = 0; row < batch; ++row) {
+      const int64_t high = highs_data[row];
+      require(high >= 1 && high <= int64_t{1} << 32, "high: must lie between 1 and 2**32");
+      const Draws draws(seed, Purpose::kIntegers, stream, keys_data[row]);
+      for (int64_t i = 0; i < count; ++i) {
+        const uint32_t index = static_cast<uint32_t>(i);
+        const uint32_t word = draws.block(index / 4)[index % 4];
+        *out_data++ = draws.bounded(word, index, static_cast<uint64_t>(high));
+      }
+    }
+  }
+  return out;
+}
+
+}  // namespace
+}  // namespace avmae
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Compiled masks, permutations and keyed draws; use avmae_kernels.masking.";
+  module.def("sample_masks", &avmae::py_sample_masks, py::arg("kind"), py::arg("grid"),
+             py::arg("masked_units"), py::arg("masked_columns"), py::arg("keys").noconvert(),
+             py::arg("seed"), py::arg("stream"));
+  module.def("philox", &avmae::py_philox, py::arg("counters").noconvert(),
+             py::arg("keys").noconvert());
+  module.def("permute", &avmae::py_permute, py::arg("indices").noconvert(), py::arg("n"),
+             py::arg("seed"), py::arg("key"));
+  module.def("keyed_uniform", &avmae::py_keyed_uniform, py::arg("seed"),
+             py::arg("keys").noconvert(), py::arg("stream"), py::arg("count"));
+  module.def("keyed_integers", &avmae::py_keyed_integers, py::arg("seed"),
+             py::arg("keys").noconvert(), py::arg("stream"), py::arg("count"),
+             py::arg("highs").noconvert());
+}
