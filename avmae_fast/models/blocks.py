@@ -1,0 +1,107 @@
+"""The transformer block and a stack of blocks, on packed tokens.
+
+Shape letters: T packed tokens, Q query tokens, D width, H heads, d head_dim.
+Source: pre-norm ViT blocks; a sub-layer returns its update, and the seam to the next one adds it
+to the residual stream and normalises (`add_layer_norm`).
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from avmae_fast.config import ModelConfig, StackConfig
+from avmae_fast.models.init import xavier_linear
+from avmae_fast.models.layout import Tail, TokenLayout
+from avmae_kernels.attention import packed_attention, packed_query_attention
+from avmae_kernels.gelu import Approximation, bias_gelu
+from avmae_kernels.norm import add_layer_norm
+
+_MLP_BIAS_STD = 1e-6
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention inside each sequence of a layout."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = xavier_linear(width, 3 * width, parts=3)
+        self.proj = xavier_linear(width, width)
+
+    def forward(self, x: Tensor, layout: TokenLayout, tail: Tail | None) -> Tensor:
+        """The update of every token [T, D], or of the tail's tokens only [Q, D]."""
+        if tail is None:
+            qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+            out = packed_attention(qkv, layout.cu_seqlens, layout.fixed_length)
+            return self.proj(out)
+        width = x.shape[-1]
+        w_q, w_kv = self.qkv.weight.split([width, 2 * width])
+        b_q, b_kv = self.qkv.bias.split([width, 2 * width])
+        q = F.linear(x[tail.rows], w_q, b_q).unflatten(-1, (self.heads, -1))
+        kv = F.linear(x, w_kv, b_kv).unflatten(-1, (2, self.heads, -1))
+        fixed = None
+        if tail.layout.fixed_length is not None and layout.fixed_length is not None:
+            fixed = (tail.layout.fixed_length, layout.fixed_length)
+        out = packed_query_attention(q, kv, tail.layout.cu_seqlens, layout.cu_seqlens, fixed)
+        return self.proj(out)
+
+
+class Mlp(nn.Module):
+    """Two layers with a GELU between them."""
+
+    def __init__(self, width: int, hidden: int, gelu: Approximation) -> None:
+        super().__init__()
+        self.gelu = gelu
+        self.fc1 = xavier_linear(width, hidden, bias_std=_MLP_BIAS_STD)
+        self.fc2 = xavier_linear(hidden, width, bias_std=_MLP_BIAS_STD)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias, self.gelu))
+
+
+class Block(nn.Module):
+    """x + Attention(LN(x)), then x + Mlp(LN(x)); the last addition is left to the next seam."""
+
+    def __init__(self, stack: StackConfig, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(stack.width, config.layer_norm_eps)
+        self.attn = Attention(stack.width, stack.heads)
+        self.norm2 = nn.LayerNorm(stack.width, config.layer_norm_eps)
+        self.mlp = Mlp(stack.width, stack.mlp, config.gelu)
+
+    def forward(
+        self, x: Tensor, update: Tensor | None, layout: TokenLayout, tail: Tail | None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream and the update to be added to it; for a tail, of its rows only."""
+        x, h = _seam(x, update, self.norm1)
+        attended = self.attn(h, layout, tail)
+        if tail is not None:
+            x = x[tail.rows]
+        x, h = _seam(x, attended, self.norm2)
+        return x, self.mlp(h)
+
+
+class Stack(nn.Module):
+    """`layers` blocks and, unless it is switched off, the LayerNorm that closes every stack."""
+
+    def __init__(self, stack: StackConfig, config: ModelConfig, layers: int | None = None) -> None:
+        super().__init__()
+        count = stack.layers if layers is None else layers
+        self.blocks = nn.ModuleList(Block(stack, config) for _ in range(count))
+        self.norm = (
+            nn.LayerNorm(stack.width, config.layer_norm_eps) if config.encoder_norm else None
+        )
+
+    def forward(self, x: Tensor, layout: TokenLayout, tail: Tail | None = None) -> Tensor:
+        """[T, D] to [T, D], or to [Q, D] where only a tail of each sequence is asked for."""
+        update: Tensor | None = None
+        for block in self.blocks[:-1]:
+            x, update = block(x, update, layout, None)
+        # Keys and values of the last block need every token, its queries only the tail's.
+        x, update = self.blocks[-1](x, update, layout, tail)
+        if self.norm is None:
+            return x + update
+        return _seam(x, update, self.norm)[1]
+
+
+def _seam(x: Tensor, update: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    return add_layer_norm(x, update, norm.weight, norm.bias, norm.eps)

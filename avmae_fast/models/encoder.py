@@ -1,0 +1,171 @@
+"""The audiovisual encoder: embed the visible tokens, then one of four ways to fuse.
+
+Shape letters: B clips, T, H, W frames, height, width; F mel bins; V visible tokens; D width.
+Source: arXiv:2212.05922, section 3.1 (early, mid, separate and shared encoders).
+"""
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from avmae_fast.config import MODALITIES, AudioConfig, Modality, ModelConfig, VideoConfig
+from avmae_fast.models.blocks import Stack
+from avmae_fast.models.init import learned_positions, lecun_normal_linear
+from avmae_fast.models.layout import TokenMask, pack, unpack
+from avmae_fast.positions import sincos1d, sincos_grid
+from avmae_kernels.patch_embed import patch_embed_visible
+
+
+class Encoder(nn.Module):
+    """Visible tokens of one or two modalities in, one feature vector a token out.
+
+    Args:
+        config: geometry, size and fusion. Only the encoder's part is used.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.encoder.width
+        self.patch_embed = nn.ModuleDict(
+            {m: lecun_normal_linear(config.input(m).patch_dim, width) for m in config.modalities}
+        )
+        self.encoder = nn.ModuleDict(
+            {
+                name: Stack(config.encoder, config, layers)
+                for name, layers in _stacks(config).items()
+            }
+        )
+        if config.modality_tokens:
+            self.modality_token = zero_vectors(config, width)
+        if config.positions == "learned":
+            self.pos_embed = nn.ParameterDict(
+                {m: learned_positions(config.input(m).tokens, width) for m in config.modalities}
+            )
+        else:
+            for m in config.modalities:
+                table = position_table(config, m, width)
+                self.register_buffer(f"pos_{m}", table, persistent=False)
+
+    def forward(
+        self,
+        video: Tensor | None = None,
+        audio: Tensor | None = None,
+        masks: Mapping[Modality, TokenMask] | None = None,
+    ) -> dict[Modality, Tensor]:
+        """Return the features of the visible tokens, [B, V, D] for each modality.
+
+        Args:
+            video: [B, T, H, W, 3], uint8, or floating in [-1, 1]. Left out for an audio model.
+            audio: standardised log-mel, [B, frames, mel_bins], floating.
+            masks: which tokens of each modality to look at; None looks at all of them.
+
+        Raises:
+            ValueError: an input is missing, superfluous or not of the configured shape.
+        """
+        return self.encode(self.check_inputs(video, audio), masks)
+
+    def check_inputs(self, video: Tensor | None, audio: Tensor | None) -> dict[Modality, Tensor]:
+        """The inputs by modality, once they are known to have the configured shapes."""
+        inputs: dict[Modality, Tensor] = {}
+        for m, tensor in zip(MODALITIES, (video, audio), strict=True):
+            config = self.config.video if m == "video" else self.config.audio
+            if (tensor is None) != (config is None):
+                state = "without" if config is None else "with"
+                got = "none" if tensor is None else list(tensor.shape)
+                raise ValueError(f"{m}: this model was configured {state} {m}, got {got}")
+            if tensor is None or config is None:
+                continue
+            shape = input_shape(config)
+            if tuple(tensor.shape[1:]) != shape:
+                want = ["B", *shape]
+                raise ValueError(f"{m} has shape {list(tensor.shape)}, this model wants {want}")
+            inputs[m] = tensor
+        if len({tensor.shape[0] for tensor in inputs.values()}) > 1:
+            sizes = {m: tensor.shape[0] for m, tensor in inputs.items()}
+            raise ValueError(f"video and audio differ in their number of clips: {sizes}")
+        return inputs
+
+    def encode(
+        self, inputs: Mapping[Modality, Tensor], masks: Mapping[Modality, TokenMask] | None
+    ) -> dict[Modality, Tensor]:
+        """`forward` without the checks."""
+        tokens = {}
+        for m, source in inputs.items():
+            if masks is None:
+                count = self.config.input(m).tokens
+                mask = TokenMask.all_visible(source.shape[0], count, source.device)
+            else:
+                mask = masks[m]
+            tokens[m] = self._embed(m, source, mask)
+        return self._fuse(tokens)
+
+    def _embed(self, m: Modality, source: Tensor, mask: TokenMask) -> Tensor:
+        learned = self.config.positions == "learned"
+        pos: Tensor = self.pos_embed[m] if learned else self.get_buffer(f"pos_{m}")
+        if self.config.modality_tokens:
+            pos = pos + self.modality_token[m]
+        linear = cast(nn.Linear, self.patch_embed[m])
+        patch = patch_of(self.config, m)
+        return patch_embed_visible(source, mask.visible, linear.weight, linear.bias, pos, patch)
+
+    def _fuse(self, tokens: dict[Modality, Tensor]) -> dict[Modality, Tensor]:
+        fusion = self.config.fusion
+        if fusion in ("separate", "mid"):
+            tokens = {
+                m: run_stack(self.encoder[m], {m: x}, joint=False)[m] for m, x in tokens.items()
+            }
+        if "both" in self.encoder:
+            tokens = run_stack(self.encoder["both"], tokens, joint=fusion != "shared")
+        return tokens
+
+
+def run_stack(
+    stack: nn.Module,
+    tokens: dict[Modality, Tensor],
+    joint: bool,
+    tails: dict[Modality, int] | None = None,
+) -> dict[Modality, Tensor]:
+    """Run [B, length, D] tokens through one stack; with tails, only those come out."""
+    packed, layout, tail = pack(tokens, joint, tails)
+    batch = next(iter(tokens.values())).shape[0]
+    lengths = tails or {m: x.shape[1] for m, x in tokens.items()}
+    return unpack(stack(packed, layout, tail), batch, lengths, joint)
+
+
+def zero_vectors(config: ModelConfig, width: int) -> nn.ParameterDict:
+    """A learned vector for each modality, zero at first: mask tokens and modality tokens."""
+    return nn.ParameterDict({m: nn.Parameter(torch.zeros(width)) for m in config.modalities})
+
+
+def position_table(config: ModelConfig, m: Modality, width: int) -> Tensor:
+    """Sin-cos positions of every token of a modality, [N, width] fp32."""
+    if config.positions == "sincos_grid":
+        return torch.tensor(sincos_grid(config.input(m).grid, width))
+    return torch.tensor(sincos1d(config.input(m).tokens, width))
+
+
+def input_shape(config: VideoConfig | AudioConfig) -> tuple[int, ...]:
+    """Shape of one clip: (T, H, W, 3) or (frames, mel_bins)."""
+    if isinstance(config, VideoConfig):
+        return config.frames, config.height, config.width, 3
+    return config.frames, config.mel_bins
+
+
+def patch_of(config: ModelConfig, m: Modality) -> tuple[int, ...]:
+    """Size of a patch of modality `m` along each axis of its grid."""
+    spec = config.input(m)
+    return spec.tubelet if isinstance(spec, VideoConfig) else spec.patch
+
+
+def _stacks(config: ModelConfig) -> dict[str, int]:
+    """Name and depth of each stack the encoder needs."""
+    layers = config.encoder.layers
+    if config.fusion in ("early", "shared"):
+        return {"both": layers}
+    if config.fusion == "separate":
+        return dict.fromkeys(config.modalities, layers)
+    own = layers - config.fusion_layers
+    return {**dict.fromkeys(config.modalities, own), "both": config.fusion_layers}
