@@ -177,8 +177,8 @@ class ReferenceMAE(nn.Module):
         inputs: Parts = {}
         for m, x in given.items():
             if (x is None) != (m not in self.config.modalities):
-                want = "no" if x is not None else "a"
-                raise ValueError(f"{m}: this model takes {want} {m} input")
+                state = "is missing" if x is None else "is given, but this model has none"
+                raise ValueError(f"{m} {state}: it takes {', '.join(self.config.modalities)}")
             if x is None:
                 continue
             shape = _input_shape(self.config.input(m))
@@ -211,21 +211,20 @@ class ReferenceMAE(nn.Module):
     def _question(
         self, m: Modality, projected: Parts, masks: Mapping[Modality, MaskLike]
     ) -> tuple[Tensor, Tensor]:
-        """The decoder sequence of `m`, [B, S, E], and which of its N tokens are
-        asked for, [B, N]."""
+        """The decoder sequence of `m`, [B, S, E], and 1 for each token asked for, [B, N]."""
         batch, tokens = projected[m].shape[0], self.config.input(m).tokens
-        mask_token = self.mask_token[m].to(projected[m].dtype)
-        asked = mask_token.expand(batch, tokens, -1)
-        weight = torch.ones(batch, tokens, dtype=self.mask_token[m].dtype, device=asked.device)
+        mask_token = self.mask_token[m].to(projected[m].dtype).expand(batch, tokens, -1)
+        asked = torch.ones_like(mask_token[..., 0], dtype=self.mask_token[m].dtype)
+        table = self._decoder_table(m)
         if self.config.objective == "reconstruction":
             visible = masks[m].visible
-            sequence = place_tokens(asked, visible, projected[m]) + self._decoder_table(m)
-            return sequence, weight.scatter(1, visible, 0.0)
+            sequence = place_tokens(mask_token, visible, projected[m]) + table
+            return sequence, asked.scatter(1, visible, 0.0)
         other: Modality = "audio" if m == "video" else "video"
         shown = projected[other]
         if self.config.objective == "inpainting":
             shown = shown + self._decoder_table(other)[masks[other].visible]
-            return torch.cat([shown, asked + self._decoder_table(m)], dim=1), weight
+            return torch.cat([shown, mask_token + table], dim=1), asked
         count = shown.shape[1]
         if count >= tokens:
             raise ValueError(
@@ -233,9 +232,8 @@ class ReferenceMAE(nn.Module):
                 f"tokens of {m}, which has {tokens} places: mask more of {other}"
             )
         # As released: the other modality's tokens take the first places and their positions.
-        sequence = torch.cat([shown, asked[:, count:]], dim=1) + self._decoder_table(m)
-        weight[:, :count] = 0.0
-        return sequence, weight
+        sequence = torch.cat([shown, mask_token[:, count:]], dim=1) + table
+        return sequence, torch.cat([torch.zeros_like(asked[:, :count]), asked[:, count:]], dim=1)
 
     def _shuffle(self, sequence: Tensor, asked: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         if self.config.objective != "inpainting_released":

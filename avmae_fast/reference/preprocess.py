@@ -14,7 +14,7 @@ def train_offsets(length: int, count: int, stride: int) -> int:
     return max(length - (count - 1) * stride, 1)
 
 
-def test_offsets(length: int, count: int, stride: int, clips: int = 1) -> list[int]:
+def eval_offsets(length: int, count: int, stride: int, clips: int = 1) -> list[int]:
     """Start offsets at test time: the middle, or `clips` from the first to the last possible."""
     last = max(0, length - count * stride)
     if clips == 1:

@@ -1,0 +1,1 @@
+"""Weights in and out: the names and layouts of other code bases."""

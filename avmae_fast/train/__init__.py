@@ -1,0 +1,1 @@
+"""Pretraining: recipe, loop, checkpoints and report."""
