@@ -83,6 +83,10 @@ def check(name: str, lists: list[Lists], batch: int) -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
+    if args.batch < 1 or args.repeats < 1:
+        raise harness.BenchmarkError(
+            f"--batch and --repeats want 1 or more, got {args.batch} and {args.repeats}"
+        )
     if masking.implementation() is masking.masking_reference:
         raise harness.BenchmarkError(
             "avmae_kernels._C is not built; install a C++17 compiler and reinstall avmae_fast"

@@ -227,7 +227,8 @@ void sample_masks(const MaskPlan& plan, const int64_t* keys, int64_t batch, uint
   std::vector<int32_t> last_visible(visible_count + 4), last_masked(masked_count + 4);
   for (int64_t clip = 0; clip < batch; ++clip) {
     mark_masked(plan, seed, stream, keys[clip], marks.data(), units);
-    int32_t *visible_row = visible + clip * visible_count, *masked_row = masked + clip * masked_count;
+    int32_t* visible_row = visible + clip * visible_count;
+    int32_t* masked_row = masked + clip * masked_count;
     const bool room = (batch - 1 - clip) * std::min(visible_count, masked_count) >= 4;
     write_lists(marks.data(), tokens, visible_count, room ? visible_row : last_visible.data(),
                 room ? masked_row : last_masked.data(), inverse + clip * tokens);

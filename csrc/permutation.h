@@ -21,8 +21,8 @@ class KeyedPermutation {
  public:
   // n from 1 to 2**40.
   KeyedPermutation(uint64_t n, uint64_t seed, int64_t key) : n_(n), seed_(seed), key_(key) {
-    // The smallest a with a * a >= n, bit by bit: a square root in floating point may be off by one.
-    uint64_t root = 0;  // the largest with root * root < n
+    // The largest root with root * root < n, bit by bit: in floating point it may be off by one.
+    uint64_t root = 0;
     for (uint64_t bit = uint64_t{1} << 20; bit > 0; bit >>= 1)
       if ((root + bit) * (root + bit) < n) root += bit;
     rows_ = root + 1;

@@ -3,13 +3,14 @@ import json
 import numpy as np
 import pytest
 
+from avmae_kernels import masking_reference
 from benchmarks import harness, masking
 
-pytest.importorskip("avmae_kernels._C", reason="the benchmark times the compiled masks")
 QUICK = ["--batch", "2", "--repeats", "2"]
 
 
 def test_writes_its_numbers_and_where_they_came_from(tmp_path, capsys):
+    pytest.importorskip("avmae_kernels._C", reason="csrc/ is not built here")
     path = tmp_path / "masking.json"
     assert masking.main([*QUICK, "--json", str(path)]) == 0
     result = json.loads(path.read_text())
@@ -30,6 +31,14 @@ def test_the_draws_it_compares_are_masks():
     swapped[:, :2] = masked[:, 1::-1]
     with pytest.raises(AssertionError, match="returned no masks"):
         masking.check("swapped", [(visible, swapped, inverse), masking.ours(3)[1]], 3)
+
+
+def test_says_why_it_cannot_measure(monkeypatch, capsys):
+    assert masking.main(["--batch", "0"]) == 2
+    assert "error: --batch and --repeats want 1 or more, got 0" in capsys.readouterr().err
+    monkeypatch.setattr(masking.masking, "implementation", lambda: masking_reference)
+    assert masking.main(QUICK) == 2
+    assert "error: avmae_kernels._C is not built" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
