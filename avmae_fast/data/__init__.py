@@ -1,0 +1,1 @@
+"""Clips on disk: readers, manifests, samples, loaders, and a synthetic set."""
