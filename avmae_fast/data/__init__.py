@@ -1,1 +1,1 @@
-"""Clips on disk: readers, manifests, samples, loaders, and a synthetic set."""
+"""From media files to batches: readers, manifests, windows, the loader, synthetic clips."""

@@ -1,0 +1,215 @@
+"""The list of clips: a CSV file with a header, or JSON lines.
+
+Columns: `path` (relative paths start at the manifest's folder); optional `label` (a name, or whole
+numbers throughout), `start` and `end` (seconds in the file), `split` (train, val or test). An empty
+cell is an absent one. Files are not looked for here: one that is missing is a bad clip later on.
+"""
+
+import csv
+import difflib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+COLUMNS = ("path", "label", "start", "end", "split")
+SPLITS = ("train", "val", "test")
+UNKNOWN_LABEL = -1
+
+
+class ManifestError(ValueError):
+    """A manifest cannot be used; the text names the file, the row, the column and the value."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One clip: `path` from `start_s` to `end_s` (inf: to its end), of class `label` (-1: none)."""
+
+    path: Path
+    label: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """The records of a manifest, held in arrays so that millions of them travel to workers.
+
+    source: the file it was read from.
+    classes: class names; a record's label is an index into them.
+    """
+
+    source: Path
+    classes: tuple[str, ...]
+    _paths: NDArray[np.bytes_] = field(repr=False)
+    _labels: NDArray[np.int64] = field(repr=False)
+    _starts_s: NDArray[np.float64] = field(repr=False)
+    _ends_s: NDArray[np.float64] = field(repr=False)
+    _splits: NDArray[np.int8] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Record:
+        # Joining leaves an absolute path as it is.
+        path = self.source.parent / os.fsdecode(self._paths[index])
+        label, start_s = int(self._labels[index]), float(self._starts_s[index])
+        return Record(path, label, start_s, float(self._ends_s[index]))
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[i] for i in range(len(self)))
+
+    def select(self, split: str) -> Self:
+        """The records of one split; those that name none belong to train."""
+        chosen = self._splits == SPLITS.index(split)
+        arrays = (self._paths, self._labels, self._starts_s, self._ends_s, self._splits)
+        return type(self)(self.source, self.classes, *(array[chosen] for array in arrays))
+
+
+def load_manifest(path: Path | str, classes: Sequence[str] | None = None) -> Manifest:
+    """Read a manifest.
+
+    Args:
+        path: a .csv or .jsonl file.
+        classes: the class names to use, for instance those of the training manifest; by default
+            the sorted names that occur, or all numbers up to the largest if labels are numbers.
+
+    Raises:
+        ManifestError: the file cannot be read, has no rows or no `path` column, or a value is not
+            valid.
+    """
+    path = Path(path)
+    rows = list(_rows(path))
+    if not rows:
+        raise ManifestError(f"{path} lists no clips: it needs one row a clip below the header")
+    labels = [_label(path, number, row) for number, row in rows]
+    classes = _class_table(labels) if classes is None else tuple(classes)
+    index = {name: i for i, name in enumerate(classes)}
+    for (number, _), label in zip(rows, labels, strict=True):
+        if label is not None and label not in index:
+            known = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
+            raise _bad(path, number, "label", label, f"one of the {len(classes)} classes: {known}")
+    spans = [_span(path, number, row) for number, row in rows]
+    return Manifest(
+        source=path,
+        classes=tuple(classes),
+        _paths=np.array([os.fsencode(_path(path, number, row)) for number, row in rows]),
+        _labels=np.array([UNKNOWN_LABEL if x is None else index[x] for x in labels], np.int64),
+        _starts_s=np.array([start for start, _ in spans], np.float64),
+        _ends_s=np.array([end for _, end in spans], np.float64),
+        _splits=np.array([_split(path, number, row) for number, row in rows], np.int8),
+    )
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(number from 1, columns) of each row, empty cells left out."""
+    if path.suffix not in (".csv", ".jsonl"):
+        raise ManifestError(f"{path}: a manifest is a .csv or a .jsonl file")
+    read = _csv_rows if path.suffix == ".csv" else _json_rows
+    try:
+        for number, row in enumerate(read(path), start=1):
+            yield number, {key: value for key, value in row.items() if value not in (None, "")}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ManifestError(f"{path} cannot be read as a UTF-8 text file: {error}") from error
+
+
+def _csv_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        header = [name.strip() for name in reader.fieldnames or ()]
+        reader.fieldnames = header
+        if "path" not in header:
+            found = ", ".join(map(repr, header)) or "nothing"
+            raise ManifestError(f"{path} has no column 'path' in its first line, which is {found}")
+        _warn_of_misspelt(path, header)
+        for number, row in enumerate(reader, start=1):
+            if None in row:
+                extra = row[None]
+                raise _bad(path, number, "last", extra, f"one of {len(header)} columns: too many")
+            yield {key: value.strip() if value else value for key, value in row.items()}
+
+
+def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    with path.open(encoding="utf-8-sig") as file:
+        number = 0
+        for line in file:
+            if not line.strip():
+                continue
+            number += 1
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ManifestError(f"{path}, row {number} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ManifestError(f"{path}, row {number} is not a JSON object: {line.strip()}")
+            if number == 1:
+                _warn_of_misspelt(path, list(row))
+            yield row
+
+
+def _warn_of_misspelt(path: Path, header: Sequence[str]) -> None:
+    """Other columns are the user's own, but one that looks like ours is worth a word."""
+    for name in header:
+        near = difflib.get_close_matches(name.lower(), COLUMNS, n=1, cutoff=0.75)
+        if name not in COLUMNS and near:
+            log = logging.getLogger(__name__)
+            log.warning("%s: column %r is ignored; did you mean %r?", path, name, near[0])
+
+
+def _bad(path: Path, number: int, column: str, value: object, valid: str) -> ManifestError:
+    return ManifestError(f"{path}, row {number}, column {column}: {value!r} is not {valid}")
+
+
+def _path(path: Path, number: int, row: Mapping[str, Any]) -> str:
+    value = row.get("path")
+    if not isinstance(value, str) or "\0" in value:
+        raise _bad(path, number, "path", value, "the path of a media file")
+    return value
+
+
+def _label(path: Path, number: int, row: Mapping[str, Any]) -> str | None:
+    value = row.get("label")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise _bad(path, number, "label", value, "a class name or a whole number")
+    return str(value)
+
+
+def _class_table(labels: Sequence[str | None]) -> tuple[str, ...]:
+    names = {label for label in labels if label is not None}
+    if names and all(name.isdecimal() for name in names):
+        return tuple(str(i) for i in range(max(map(int, names)) + 1))
+    return tuple(sorted(names))
+
+
+def _span(path: Path, number: int, row: Mapping[str, Any]) -> tuple[float, float]:
+    start_s = _seconds(path, number, "start", row.get("start", 0.0))
+    end_s = _seconds(path, number, "end", row["end"]) if "end" in row else math.inf
+    if end_s <= start_s:
+        raise _bad(path, number, "end", row["end"], f"after the start at {start_s} s")
+    return start_s, end_s
+
+
+def _seconds(path: Path, number: int, column: str, value: object) -> float:
+    try:
+        seconds = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise _bad(path, number, column, value, "a number of seconds, at least 0")
+    return seconds
+
+
+def _split(path: Path, number: int, row: Mapping[str, Any]) -> int:
+    value = row.get("split", "train")
+    if value not in SPLITS:
+        raise _bad(path, number, "split", value, "train, val or test")
+    return SPLITS.index(value)

@@ -1,0 +1,51 @@
+"""What FFmpeg and PyAV raise, turned into `ClipError`, and a limit on the time a read takes."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import av
+from av.audio.stream import AudioStream
+from av.container import InputContainer
+from av.video.stream import VideoStream
+
+from avmae_fast.data import clip
+from avmae_fast.data.clip import ClipError, ErrorKind
+
+
+class Guard:
+    """Watches over the reads of one file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._deadline = 0.0
+
+    @contextmanager
+    def errors(self, kind: ErrorKind) -> Iterator[None]:
+        """Run a block of FFmpeg calls: its errors become a `ClipError` of `kind`, its time counts.
+
+        PyAV raises ValueError, RuntimeError and IndexError as well as errors of its own.
+        """
+        self._deadline = time.monotonic() + clip.READ_TIMEOUT_S
+        try:
+            yield
+        except av.error.ExitError as error:
+            detail = f"no data for {clip.READ_TIMEOUT_S:.0f} s"
+            raise ClipError("timeout", self.path, detail) from error
+        except (av.FFmpegError, OSError, ValueError, RuntimeError, IndexError) as error:
+            raise ClipError(kind, self.path, str(error)) from error
+
+    def check_time(self) -> None:
+        """Raise `timeout` once the block has taken too long."""
+        if time.monotonic() > self._deadline:
+            detail = f"still decoding after {clip.READ_TIMEOUT_S:.0f} s"
+            raise ClipError("timeout", self.path, detail)
+
+
+def seek(container: InputContainer, stream: VideoStream | AudioStream, target: int) -> None:
+    """Seek to the last keyframe not later than `target`, or to the start of the stream."""
+    try:
+        container.seek(target, stream=stream)
+    except av.error.PermissionError:  # some formats refuse a target before their first packet
+        container.seek(max(target, stream.start_time or 0), stream=stream)
