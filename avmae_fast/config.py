@@ -13,7 +13,7 @@ Fusion = Literal["early", "mid", "separate", "shared"]
 Decoding = Literal["joint", "shared", "separate"]
 Objective = Literal["reconstruction", "inpainting_released", "inpainting"]
 Positions = Literal["sincos1d", "sincos_grid", "learned"]
-TargetNorm = Literal["none", "patch", "patch_channel"]
+TargetNorm = Literal["none", "patch", "patch_channel", "patch_unbiased", "videomae"]
 MaskKind = Literal["random", "tube", "block", "time", "frequency", "time_frequency"]
 Modality = Literal["video", "audio"]
 
@@ -185,8 +185,9 @@ class ModelConfig:
         authors' code does it; `inpainting` with every mask token at its own position.
     positions: `sincos1d` over the flattened index (released), `sincos_grid` over (t, h, w) and
         (time, frequency), or `learned` in the encoder with `sincos1d` in the decoder.
-    target_norm: `patch` and `patch_channel` standardise with the biased variance and 1e-6;
-        `patch_channel` leaves the spectrogram raw.
+    target_norm: `patch` and `patch_channel` standardise with the biased variance and 1e-6,
+        `patch_unbiased` as MAE and `videomae`, by channel, as VideoMAE with the unbiased one;
+        `patch_channel` and `videomae` leave the spectrogram raw.
     """
 
     encoder: StackConfig
@@ -285,6 +286,8 @@ class TrainConfig:
     """The recipe of a run. The peak learning rate is `base_lr * batch / 256`.
 
     `batch` counts samples per optimiser step; `accumulate` splits it into as many micro-batches.
+    `activation_checkpoint` says which activations are not kept but computed again in the backward
+    pass (see `avmae_fast.models.memory`).
     Exactly one of `steps` and `epochs` is set; `warmup_epochs` or `warmup_steps` likewise.
     """
 
@@ -300,6 +303,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     clip_grad: float | None = None
+    activation_checkpoint: Literal["none", "selective", "full"] = "selective"
     seed: int = 42
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -323,6 +327,8 @@ class TrainConfig:
         )
         ok = self.batch % self.accumulate == 0
         _require(ok, "train.accumulate", self.accumulate, f"a divisor of train.batch {self.batch}")
+        # Every random number is keyed by it, as an unsigned 64-bit word.
+        _require(0 <= self.seed < 2**64, "train.seed", self.seed, "in [0, 2**64)")
         _require(self.val_every >= 0, "train.val_every", self.val_every, "at least 0")
         valid = "at least 2: the last one may be torn while it is written"
         _require(self.keep_checkpoints >= 2, "train.keep_checkpoints", self.keep_checkpoints, valid)
@@ -334,6 +340,8 @@ class TrainConfig:
                 _require(value is None or value >= 0, name, value, "at least 0")
             ok = self.warmup_steps is None or self.warmup_epochs is None
             _require(ok, names[0], self.warmup_steps, f"absent where {names[1]} is set")
+        choices = Literal["none", "selective", "full"]
+        _require_choice("train.activation_checkpoint", self.activation_checkpoint, choices)
         if self.clip_grad is not None:
             _require_positive("train", clip_grad=self.clip_grad)
 

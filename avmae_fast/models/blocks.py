@@ -5,17 +5,25 @@ Source: pre-norm ViT blocks; a sub-layer returns its update, and the seam to the
 to the residual stream and normalises (`add_layer_norm`).
 """
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from avmae_fast.config import ModelConfig, StackConfig
 from avmae_fast.models.init import xavier_linear
 from avmae_fast.models.layout import Tail, TokenLayout
+from avmae_fast.models.memory import Checkpoint, product
 from avmae_kernels.attention import packed_attention, packed_query_attention
 from avmae_kernels.gelu import Approximation, bias_gelu
 from avmae_kernels.norm import add_layer_norm
 
 _MLP_BIAS_STD = 1e-6
+
+# Computes the input of a product once more, so that it need not be kept.
+Again = Callable[[], Tensor] | None
 
 
 class Attention(nn.Module):
@@ -27,10 +35,15 @@ class Attention(nn.Module):
         self.qkv = xavier_linear(width, 3 * width, parts=3)
         self.proj = xavier_linear(width, width)
 
-    def forward(self, x: Tensor, layout: TokenLayout, tail: Tail | None) -> Tensor:
-        """The update of every token [T, D], or of the tail's tokens only [Q, D]."""
+    def forward(
+        self, x: Tensor, layout: TokenLayout, tail: Tail | None, again: Again = None
+    ) -> Tensor:
+        """The update of every token [T, D], or of the tail's tokens only [Q, D].
+
+        `again` computes `x` once more for the backward pass.
+        """
         if tail is None:
-            qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+            qkv = product(x, self.qkv, again).unflatten(-1, (3, self.heads, -1))
             out = packed_attention(qkv, layout.cu_seqlens, layout.fixed_length)
             return self.proj(out)
         width = x.shape[-1]
@@ -54,8 +67,13 @@ class Mlp(nn.Module):
         self.fc1 = xavier_linear(width, hidden, bias_std=_MLP_BIAS_STD)
         self.fc2 = xavier_linear(hidden, width, bias_std=_MLP_BIAS_STD)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias, self.gelu))
+    def forward(self, x: Tensor, again: Again = None) -> Tensor:
+        z = product(x, self.fc1, again, with_bias=False)
+        h = bias_gelu(z, self.fc1.bias, self.gelu)
+        if again is None:
+            return self.fc2(h)
+        kept, bias = z.detach(), self.fc1.bias.detach()
+        return product(h, self.fc2, lambda: bias_gelu(kept, bias, self.gelu))
 
 
 class Block(nn.Module):
@@ -69,15 +87,23 @@ class Block(nn.Module):
         self.mlp = Mlp(stack.width, stack.mlp, config.gelu)
 
     def forward(
-        self, x: Tensor, update: Tensor | None, layout: TokenLayout, tail: Tail | None
+        self,
+        x: Tensor,
+        update: Tensor | None,
+        layout: TokenLayout,
+        tail: Tail | None,
+        selective: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream and the update to be added to it; for a tail, of its rows only."""
+        """The residual stream and the update to be added to it; for a tail, of its rows only.
+
+        `selective` keeps what `avmae_fast.models.memory` says.
+        """
         x, h = _seam(x, update, self.norm1)
-        attended = self.attn(h, layout, tail)
+        attended = self.attn(h, layout, tail, _again(x, self.norm1) if selective else None)
         if tail is not None:
             x = x[tail.rows]
         x, h = _seam(x, attended, self.norm2)
-        return x, self.mlp(h)
+        return x, self.mlp(h, _again(x, self.norm2) if selective else None)
 
 
 class Stack(nn.Module):
@@ -87,6 +113,7 @@ class Stack(nn.Module):
         super().__init__()
         count = stack.layers if layers is None else layers
         self.blocks = nn.ModuleList(Block(stack, config) for _ in range(count))
+        self.checkpoint: Checkpoint = "selective"
         self.norm = (
             nn.LayerNorm(stack.width, config.layer_norm_eps) if config.encoder_norm else None
         )
@@ -94,13 +121,41 @@ class Stack(nn.Module):
     def forward(self, x: Tensor, layout: TokenLayout, tail: Tail | None = None) -> Tensor:
         """[T, D] to [T, D], or to [Q, D] where only a tail of each sequence is asked for."""
         update: Tensor | None = None
-        for block in self.blocks[:-1]:
-            x, update = block(x, update, layout, None)
-        # Keys and values of the last block need every token, its queries only the tail's.
-        x, update = self.blocks[-1](x, update, layout, tail)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            # Keys and values of the last block need every token, its queries only the tail's.
+            x, update = self._run(block, x, update, layout, tail if i == last else None)
         if self.norm is None:
+            assert update is not None  # a stack has a block
             return x + update
         return _seam(x, update, self.norm)[1]
+
+    def _run(
+        self,
+        block: nn.Module,
+        x: Tensor,
+        update: Tensor | None,
+        layout: TokenLayout,
+        tail: Tail | None,
+    ) -> tuple[Tensor, Tensor]:
+        if self.checkpoint == "full" and torch.is_grad_enabled():
+            return checkpoint(block, x, update, layout, tail, use_reentrant=False)
+        return block(x, update, layout, tail, self.checkpoint == "selective")
+
+
+def set_checkpoint(model: nn.Module, policy: Checkpoint) -> None:
+    """Choose what every stack of `model` keeps for its backward pass, see `memory`."""
+    if policy not in ("none", "selective", "full"):
+        raise ValueError(f"checkpoint = {policy!r} must be 'none', 'selective' or 'full'")
+    for module in model.modules():
+        if isinstance(module, Stack):
+            module.checkpoint = policy
+
+
+def _again(x: Tensor, norm: nn.LayerNorm) -> Again:
+    """LayerNorm of a residual stream that is kept anyway."""
+    kept, weight, bias = x.detach(), norm.weight.detach(), norm.bias.detach()
+    return lambda: add_layer_norm(kept, None, weight, bias, norm.eps)[1]
 
 
 def _seam(x: Tensor, update: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:

@@ -5,21 +5,13 @@ Shape letters: B clips, N tokens of a modality, V visible, M masked, S sequences
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from avmae_fast.config import Modality
-
-
-class NumpyMasks(Protocol):
-    """What `avmae_kernels.masking.sample_masks` returns: int32 NumPy arrays."""
-
-    visible: np.ndarray
-    masked: np.ndarray
-    inverse: np.ndarray
+from avmae_kernels.masking import Masks
 
 
 @dataclass(frozen=True)
@@ -35,7 +27,7 @@ class TokenMask:
     masked: Tensor
 
     @classmethod
-    def from_numpy(cls, masks: NumpyMasks, device: torch.device | str = "cpu") -> "TokenMask":
+    def from_numpy(cls, masks: Masks, device: torch.device | str = "cpu") -> "TokenMask":
         """The same mask as tensors on `device`."""
 
         def to_device(array: np.ndarray) -> Tensor:

@@ -39,7 +39,13 @@ def reconstruction_target(x: Tensor, patch: Sequence[int], norm: TargetNorm) -> 
     `patch` standardises each patch, `patch_channel` each colour channel of it, with the biased
     variance and 1e-6 inside the root; a spectrogram has no channels and `patch_channel` leaves it
     as it is.
+
+    Raises:
+        ValueError: the norm is another one, not the authors'.
     """
+    if norm not in ("none", "patch", "patch_channel"):
+        choices = "'none', 'patch' or 'patch_channel'"
+        raise ValueError(f"the reference knows target_norm {choices}, got {norm!r}")
     target = patchify(x.detach(), patch)
     has_channels = x.ndim > len(patch) + 1
     if norm == "none" or (norm == "patch_channel" and not has_channels):

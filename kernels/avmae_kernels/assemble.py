@@ -46,7 +46,38 @@ def assemble_decoder_reference(
     return grouped.gather(1, place.argsort(dim=1)[..., None].expand_as(grouped))
 
 
-@triton.jit(do_not_specialize=["total", "V", "M", "token_b", "token_k", "mask_b", "mask_k"])
+@triton.jit
+def _place_rows(
+    program, x_ptr, index_ptr, pos_ptr, out_ptr,
+    first, count, clips, length, x_b, x_k, x_d, index_b, index_k,
+    D: tl.constexpr, GRID: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write BLOCK channels of ROWS of the `count` tokens of each clip, in rows `first` and on."""
+    row_R = program * ROWS + tl.arange(0, ROWS)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    live_R = row_R < clips * count
+    live_RD = live_R[:, None]
+    if D % BLOCK != 0:
+        live_RD = live_RD & (d < D)[None, :]
+    clip_R, own_R = (row_R // count).to(tl.int64), (row_R % count).to(tl.int64)
+    place_R = tl.load(index_ptr + clip_R * index_b + own_R * index_k, mask=live_R, other=0)
+    x_RD = x_ptr + (clip_R * x_b + own_R * x_k)[:, None] + (d.to(tl.int64) * x_d)[None, :]
+    pos_RD = pos_ptr + place_R[:, None] * D + d[None, :]
+    # Summed in fp32 and rounded once.
+    sum_RD = tl.load(x_RD, mask=live_RD, other=0.0).to(tl.float32)
+    sum_RD += tl.load(pos_RD, mask=live_RD, other=0.0).to(tl.float32)
+    if GRID:
+        row_R = clip_R * length + place_R
+    else:
+        row_R = clip_R * length + first + own_R
+    out_RD = out_ptr + row_R[:, None] * D + d[None, :]
+    tl.store(out_RD, sum_RD.to(out_ptr.dtype.element_ty), mask=live_RD)
+
+
+@triton.jit(
+    do_not_specialize=["B", "V", "M", "token_b", "token_k", "mask_b", "mask_k"],
+    do_not_specialize_on_alignment=["token_index_ptr", "mask_index_ptr"],
+)
 def _assemble_kernel(
     tokens_ptr,  # [B, V, D], strides below
     token_index_ptr,  # [B, V] int64
@@ -55,41 +86,22 @@ def _assemble_kernel(
     mask_index_ptr,  # [B, M] int64
     mask_pos_ptr,  # [N, D]
     out_ptr,  # [B, V + M, D]
-    total, V, M, tokens_b, tokens_v, tokens_d, token_b, token_k, mask_b, mask_k,
+    B, V, M, tokens_b, tokens_v, tokens_d, token_b, token_k, mask_b, mask_k,
     D: tl.constexpr, GRID: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # One program writes BLOCK channels of ROWS tokens, summed in fp32 and rounded once.
-    row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    in_row = (d < D)[None, :]
-    live_R = row_R < total
-    clip_R = (row_R // (V + M)).to(tl.int64)
-    own_R = row_R % (V + M)
-    # The first V rows of a sequence show encoded tokens, the others the mask token.
-    shown_R = live_R & (own_R < V)
-    masked_R = live_R & (own_R >= V)
-    shown_RD, masked_RD = shown_R[:, None], masked_R[:, None]
-    if D % BLOCK != 0:
-        shown_RD, masked_RD = shown_RD & in_row, masked_RD & in_row
-
-    place_R = token_index_ptr + clip_R * token_b + own_R * token_k
-    place_R = tl.load(place_R, mask=shown_R, other=0)
-    x_RD = tokens_ptr + (clip_R * tokens_b + own_R * tokens_v)[:, None] + (d * tokens_d)[None, :]
-    x_RD = tl.load(x_RD, mask=shown_RD, other=0.0).to(tl.float32)
-    pos_RD = token_pos_ptr + place_R[:, None] * D + d[None, :]
-    x_RD += tl.load(pos_RD, mask=shown_RD, other=0.0).to(tl.float32)
-
-    mask_place_R = mask_index_ptr + clip_R * mask_b + (own_R - V) * mask_k
-    mask_place_R = tl.load(mask_place_R, mask=masked_R, other=0)
-    mask_D = tl.load(mask_token_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    pos_RD = mask_pos_ptr + mask_place_R[:, None] * D + d[None, :]
-    masked_x_RD = mask_D[None, :] + tl.load(pos_RD, mask=masked_RD, other=0.0).to(tl.float32)
-
-    x_RD = tl.where(shown_R[:, None], x_RD, masked_x_RD)
-    if GRID:
-        own_R = tl.where(shown_R, place_R, mask_place_R)
-    out_RD = out_ptr + (clip_R * (V + M) + own_R)[:, None] * D + d[None, :]
-    tl.store(out_RD, x_RD.to(out_ptr.dtype.element_ty), mask=shown_RD | masked_RD)
+    # The first programs write the encoded tokens of all clips, the others the mask tokens.
+    program = tl.program_id(0)
+    shown = tl.cdiv(B * V, ROWS)
+    if program < shown:
+        _place_rows(
+            program, tokens_ptr, token_index_ptr, token_pos_ptr, out_ptr,
+            0, V, B, V + M, tokens_b, tokens_v, tokens_d, token_b, token_k, D, GRID, ROWS, BLOCK,
+        )  # fmt: skip
+    else:
+        _place_rows(
+            program - shown, mask_token_ptr, mask_index_ptr, mask_pos_ptr, out_ptr,
+            V, M, B, V + M, 0, 0, 1, mask_b, mask_k, D, GRID, ROWS, BLOCK,
+        )  # fmt: skip
 
 
 def _tile(channels: int) -> dict[str, int]:
@@ -117,14 +129,16 @@ def _row_numbers(index: Tensor, length: int) -> Tensor:
     return (clip * length + index).flatten()
 
 
-def _kernels(*arguments: Any) -> Tensor:
+def _by_kernel(*arguments: Any) -> Tensor:
     tokens, token_index, token_pos, mask_token, mask_index, mask_pos, in_grid = arguments
     out = _fake(*arguments)
     if out.numel() == 0:
         return out
-    B, length, D = out.shape
+    B, _, D = out.shape
+    V, M = token_index.shape[1], mask_index.shape[1]
     tile = _tile(D)
-    grid = (triton.cdiv(B * length, tile["ROWS"]), triton.cdiv(D, tile["BLOCK"]))
+    programs = triton.cdiv(B * V, tile["ROWS"]) + triton.cdiv(B * M, tile["ROWS"])
+    grid = (programs, triton.cdiv(D, tile["BLOCK"]))
     _assemble_kernel[grid](
         tokens,
         token_index,
@@ -133,9 +147,9 @@ def _kernels(*arguments: Any) -> Tensor:
         mask_index,
         mask_pos,
         out,
-        B * length,
-        token_index.shape[1],
-        mask_index.shape[1],
+        B,
+        V,
+        M,
         *tokens.stride(),
         *token_index.stride(),
         *mask_index.stride(),
@@ -158,7 +172,7 @@ _ASSEMBLE = define(
     "assemble_decoder(Tensor tokens, Tensor token_index, Tensor token_pos, Tensor mask_token, "
     "Tensor mask_index, Tensor mask_pos, bool in_grid) -> Tensor",
     meaning=_meaning,
-    kernels=_kernels,
+    kernels=_by_kernel,
     fake=_fake,
 )
 
@@ -185,7 +199,7 @@ def _take(grad: Tensor, index: Tensor) -> Tensor:
     return rows.unflatten(0, index.shape)
 
 
-def _kernels_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_by_kernel(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     grad, token_index, mask_index, in_grid, token_rows, mask_rows = arguments
     V, M = token_index.shape[1], mask_index.shape[1]
     if in_grid:
@@ -216,7 +230,7 @@ _ASSEMBLE_BACKWARD = define(
     "assemble_decoder_backward(Tensor grad, Tensor token_index, Tensor mask_index, bool in_grid, "
     "int token_rows, int mask_rows) -> (Tensor, Tensor, Tensor)",
     meaning=_meaning_backward,
-    kernels=_kernels_backward,
+    kernels=_backward_by_kernel,
     fake=_fake_backward,
 )
 
@@ -225,24 +239,26 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     tokens, token_index, token_pos, mask_token, mask_index, mask_pos, ctx.in_grid = inputs
     ctx.save_for_backward(token_index, mask_index)
     ctx.dtypes = tokens.dtype, mask_token.dtype, token_pos.dtype, mask_pos.dtype
-    _, _, ctx.need_token_pos, ctx.need_mask, _, ctx.need_mask_pos, _ = ctx.needs_input_grad[:7]
     ctx.rows = token_pos.shape[0], mask_pos.shape[0]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     token_index, mask_index = ctx.saved_tensors
-    of_tokens, of_mask, of_token_pos, of_mask_pos = ctx.dtypes
+    _, _, learns_token_pos, learns_mask_token, _, learns_mask_pos, _ = ctx.needs_input_grad
+    of_tokens, of_mask_token, of_token_pos, of_mask_pos = ctx.dtypes
     # An encoded token has one row in the sequence: its gradient is that row, no sum is needed.
-    shown = _take(grad, token_index) if ctx.in_grid else grad[:, : token_index.shape[1]]
-    token_rows = ctx.rows[0] if ctx.need_token_pos else 0
-    mask_rows = ctx.rows[1] if ctx.need_mask_pos else 0
+    tokens = _take(grad, token_index) if ctx.in_grid else grad[:, : token_index.shape[1]]
     mask_token = token_pos = mask_pos = None
-    if ctx.need_mask or token_rows or mask_rows:
-        sums = _ASSEMBLE_BACKWARD(grad, token_index, mask_index, ctx.in_grid, token_rows, mask_rows)
-        mask_token = sums[0].to(of_mask)
-        token_pos = sums[1].to(of_token_pos) if token_rows else None
-        mask_pos = sums[2].to(of_mask_pos) if mask_rows else None
-    return shown.to(of_tokens), None, token_pos, mask_token, None, mask_pos, None
+    if learns_token_pos or learns_mask_token or learns_mask_pos:
+        token_rows = ctx.rows[0] if learns_token_pos else 0
+        mask_rows = ctx.rows[1] if learns_mask_pos else 0
+        mask_token, token_pos, mask_pos = _ASSEMBLE_BACKWARD(
+            grad, token_index, mask_index, ctx.in_grid, token_rows, mask_rows
+        )
+        mask_token = mask_token.to(of_mask_token)
+        token_pos = token_pos.to(of_token_pos) if token_rows else None
+        mask_pos = mask_pos.to(of_mask_pos) if mask_rows else None
+    return tokens.to(of_tokens), None, token_pos, mask_token, None, mask_pos, None
 
 
 register_backward("assemble_decoder", _backward, _setup_context)
@@ -303,7 +319,7 @@ def assemble_decoder(
 
 def compile_cases() -> list[CompileCase]:
     """The shipped configurations of the assembly."""
-    counts = ("total", "V", "M", "token_b", "token_k", "mask_b", "mask_k", "tokens_b", "tokens_v")
+    counts = ("B", "V", "M", "token_b", "token_k", "mask_b", "mask_k", "tokens_b", "tokens_v")
     pointers = ("token_pos_ptr", "mask_token_ptr", "mask_pos_ptr", "out_ptr")
     return [
         CompileCase(
@@ -320,9 +336,9 @@ def compile_cases() -> list[CompileCase]:
             constexprs={"tokens_d": 1, "D": D, "GRID": in_grid, **_tile(D)},
             aligned=("tokens_ptr", *pointers, "tokens_b", "tokens_v"),
             num_warps=_WARPS,
-            min_blocks=6,
+            min_blocks=8,
         )
         for arch, D, tokens, in_grid in itertools.product(
-            PROGRAMS, (384, 512), ("bf16", "fp16", "fp32"), (False, True)
+            PROGRAMS, (384, 512), ("bf16", "fp32"), (False, True)
         )
     ]

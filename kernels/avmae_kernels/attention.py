@@ -2,76 +2,251 @@
 
 Shape letters: T tokens of all sequences together, Q query tokens, S sequences, H heads, d head_dim.
 Source: softmax(q k^T / sqrt(d)) v of arXiv:1706.03762, for sequences laid end to end; sequence s
-is the rows cu_seqlens[s] .. cu_seqlens[s + 1].
+is the rows cu_seqlens[s] .. cu_seqlens[s + 1]. Rows past the last sequence, and queries of a
+sequence without keys, give zeros and get none but zero gradients.
+
+Kernels: attention_forward, attention_backward, on the slots of attention_layout. Other back ends
+and the choice between them: attention_backends. This file: the meaning, the operations, and the
+public functions. The log-sum-exp that an operation returns beside its output is for its gradient
+alone: [H, slots * 128], in powers of two, laid out by slot.
 """
 
-import itertools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from avmae_kernels._check import wanted
+from avmae_kernels._library import define, register_backward
+from avmae_kernels._triton import INTERPRET
+from avmae_kernels.attention_backends import OWN, attend, resolve
+from avmae_kernels.attention_backward import launch_backward
+from avmae_kernels.attention_forward import launch_forward
+from avmae_kernels.attention_layout import (
+    SLOT,
+    Sequences,
+    owners_by_kernel,
+    slot_count,
+    slot_owners_reference,
+)
+from avmae_kernels.attention_meaning import (
+    backward_meaning,
+    forward_meaning,
+    packed_attention_reference,
+)
+from avmae_kernels.attention_tiles import backward_tiles, compile_cases, forward_tile
+
+__all__ = [
+    "compile_cases",
+    "packed_attention",
+    "packed_attention_reference",
+    "packed_query_attention",
+    "slot_owners",
+]
 
 
-def packed_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_kv: Tensor, fixed: tuple[int, int] | None
+slot_owners = define(
+    "slot_owners(Tensor cu_seqlens, SymInt tokens) -> Tensor",
+    meaning=slot_owners_reference,
+    kernels=owners_by_kernel,
+    fake=lambda cu, tokens: cu.new_empty(slot_count(tokens, len(cu) - 1, None)),
+)
+
+
+def _forward_kernels(q: Tensor, k: Tensor, v: Tensor, seqs: Sequences) -> tuple[Tensor, Tensor]:
+    return launch_forward(q, k, v, seqs, forward_tile(q, k, seqs))
+
+
+def _backward_kernels(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seqs: Sequences,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    launch_backward(grad, q, k, v, out, lse, seqs, grads, backward_tiles(q, k, seqs))
+
+
+def _fake_output(q: Tensor, cu_q: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
+    Q, H, d = q.shape
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    lse = q.new_empty(H, slot_count(Q, len(cu_q) - 1, length) * SLOT, dtype=dtype)
+    return q.new_empty(Q, H * d), lse
+
+
+def _pair(q_length: int | None, kv_length: int | None) -> tuple[int, int] | None:
+    return None if q_length is None or kv_length is None else (q_length, kv_length)
+
+
+def _self_sequences(cu: Tensor, owners: Tensor | None, length: int | None) -> Sequences:
+    return Sequences(cu, cu, owners, owners, _pair(length, length))
+
+
+def _query_sequences(
+    cu_q: Tensor,
+    cu_kv: Tensor,
+    owners_q: Tensor | None,
+    owners_kv: Tensor | None,
+    q_length: int | None,
+    kv_length: int | None,
+) -> Sequences:
+    return Sequences(cu_q, cu_kv, owners_q, owners_kv, _pair(q_length, kv_length))
+
+
+def _packed(forward: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]:
+    def run(qkv: Tensor, *sequences: Any) -> tuple[Tensor, Tensor]:
+        out, lse = forward(*qkv.unbind(1), _self_sequences(*sequences))
+        return out.flatten(1), lse
+
+    return run
+
+
+def _packed_backward(backward: Callable[..., None]) -> Callable[..., Any]:
+    def run(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *sequences: Any) -> Tensor:
+        grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+        q, k, v = qkv.unbind(1)
+        # A gradient may have any strides: that of a sum is one number in every place.
+        grad, out = grad.contiguous().view(q.shape), out.view(q.shape)
+        seqs = _self_sequences(*sequences)
+        backward(grad, q, k, v, out, lse, seqs, grad_qkv.unbind(1))
+        return grad_qkv
+
+    return run
+
+
+_packed_attention = define(
+    "packed_attention(Tensor qkv, Tensor cu_seqlens, Tensor? owners, SymInt? fixed_length)"
+    " -> (Tensor, Tensor)",
+    meaning=_packed(forward_meaning),
+    kernels=_packed(_forward_kernels),
+    fake=lambda qkv, cu, owners, length: _fake_output(qkv[:, 0], cu, length),
+)
+_packed_attention_backward = define(
+    "packed_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens,"
+    " Tensor? owners, SymInt? fixed_length) -> Tensor",
+    meaning=_packed_backward(backward_meaning),
+    kernels=_packed_backward(_backward_kernels),
+    fake=lambda grad, qkv, *_: qkv.new_empty(qkv.shape),
+)
+
+
+def _packed_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    qkv, cu, owners, ctx.length = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(qkv, *output, cu, owners)
+
+
+def _packed_gradient(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
+    grad_qkv = _packed_attention_backward(grad, *ctx.saved_tensors, ctx.length)
+    return grad_qkv, None, None, None
+
+
+register_backward("packed_attention", _packed_gradient, _packed_context)
+
+
+def _query(forward: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]:
+    def run(q: Tensor, kv: Tensor, *sequences: Any) -> tuple[Tensor, Tensor]:
+        out, lse = forward(q, *kv.unbind(1), _query_sequences(*sequences))
+        return out.flatten(1), lse
+
+    return run
+
+
+def _query_backward(backward: Callable[..., None]) -> Callable[..., Any]:
+    def run(
+        grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, *sequences: Any
+    ) -> tuple[Tensor, Tensor]:
+        grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        grad_kv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
+        grad, out = grad.contiguous().view(q.shape), out.view(q.shape)
+        seqs = _query_sequences(*sequences)
+        backward(grad, q, *kv.unbind(1), out, lse, seqs, (grad_q, *grad_kv.unbind(1)))
+        return grad_q, grad_kv
+
+    return run
+
+
+_packed_query_attention = define(
+    "packed_query_attention(Tensor q, Tensor kv, Tensor cu_q, Tensor cu_kv, Tensor? owners_q,"
+    " Tensor? owners_kv, SymInt? q_length, SymInt? kv_length) -> (Tensor, Tensor)",
+    meaning=_query(forward_meaning),
+    kernels=_query(_forward_kernels),
+    fake=lambda q, kv, cu_q, cu_kv, owners_q, owners_kv, length, _: _fake_output(q, cu_q, length),
+)
+_packed_query_attention_backward = define(
+    "packed_query_attention_backward(Tensor grad, Tensor q, Tensor kv, Tensor out, Tensor lse,"
+    " Tensor cu_q, Tensor cu_kv, Tensor? owners_q, Tensor? owners_kv, SymInt? q_length,"
+    " SymInt? kv_length) -> (Tensor, Tensor)",
+    meaning=_query_backward(backward_meaning),
+    kernels=_query_backward(_backward_kernels),
+    fake=lambda grad, q, kv, *_: (q.new_empty(q.shape), kv.new_empty(kv.shape)),
+)
+
+
+def _query_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, kv, *offsets, ctx.q_length, ctx.kv_length = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, kv, *output, *offsets)
+
+
+def _query_gradient(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
+    grads = _packed_query_attention_backward(grad, *ctx.saved_tensors, ctx.q_length, ctx.kv_length)
+    return *grads, *[None] * 6
+
+
+register_backward("packed_query_attention", _query_gradient, _query_context)
+
+
+def packed_attention(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    fixed_length: int | None = None,
+    *,
+    owners: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor:
-    """What both operations must return, in plain PyTorch: q [Q, H, d], k and v [T, H, d]."""
-    if fixed is not None:
-        return _equal_lengths(q, k, v, *fixed)
-    out = torch.empty_like(q)
-    offsets = zip(_pairs(cu_q), _pairs(cu_kv), strict=True)
-    lengths = [((q1 - q0), (k1 - k0), q0, k0) for (q0, q1), (k0, k1) in offsets]
-    parts = []
-    # Neighbours of equal lengths go through one batched call: two calls for two modalities.
-    for (n_q, n_k), run in itertools.groupby(lengths, key=lambda entry: entry[:2]):
-        members = list(run)
-        q0, k0 = members[0][2:]
-        rows_q, rows_k = n_q * len(members), n_k * len(members)
-        if rows_q == 0:
-            continue
-        k_run, v_run = k[k0 : k0 + rows_k], v[k0 : k0 + rows_k]
-        parts.append(_equal_lengths(q[q0 : q0 + rows_q], k_run, v_run, n_q, n_k))
-    return torch.cat(parts) if parts else out
-
-
-def _pairs(cu_seqlens: Tensor) -> list[tuple[int, int]]:
-    return list(itertools.pairwise(cu_seqlens.tolist()))
-
-
-def _equal_lengths(q: Tensor, k: Tensor, v: Tensor, n_q: int, n_k: int) -> Tensor:
-    if n_k == 0:
-        raise ValueError(f"packed attention wants keys for its {n_q} queries a sequence, got none")
-    q_SHQd = q.unflatten(0, (-1, n_q)).transpose(1, 2)
-    k_SHKd = k.unflatten(0, (-1, n_k)).transpose(1, 2)
-    v_SHKd = v.unflatten(0, (-1, n_k)).transpose(1, 2)
-    out = F.scaled_dot_product_attention(q_SHQd, k_SHKd, v_SHKd)
-    return out.transpose(1, 2).flatten(0, 1)
-
-
-def packed_attention(qkv: Tensor, cu_seqlens: Tensor, fixed_length: int | None = None) -> Tensor:
     """Return `softmax(q k^T / sqrt(d)) v` of every sequence, [T, H * d].
 
+    Computed in the dtype of `qkv`, which autocast leaves alone: the projection before it already
+    is in autocast's. Statistics and sums are fp32 (float64 for float64, which no kernel computes).
+
     Args:
-        qkv: queries, keys and values, [T, 3, H, d], as one product writes them. Differentiable.
-        cu_seqlens: offsets of the sequences, [S + 1], int32, from 0 to T, not decreasing. Values
-            are not checked: reading them would stall a GPU.
-        fixed_length: the length of every sequence where all have the same, else None.
+        qkv: queries, keys and values, [T, 3, H, d], as one product writes them: [H, d] contiguous.
+            Differentiable, once.
+        cu_seqlens: offsets of the sequences, [S + 1], int32, from 0 to at most T, not decreasing.
+            Values are not checked: reading them would stall a GPU.
+        fixed_length: the length of every sequence where all have the same, else None. Kernels
+            are compiled for it: leave it out where it changes from step to step.
+        owners: `slot_owners(cu_seqlens, T)`, where the caller has it already (one launch a call
+            saved); needed for varying lengths on a GPU only.
+        impl: a name in `attention_backends.BACKENDS`, or "auto": the operation itself on a CPU,
+            `attention_backends.choose` on a GPU.
 
     Raises:
-        ValueError: a shape or dtype is not as above, or T is no multiple of `fixed_length`.
+        ValueError: a shape, dtype or memory layout is not as above.
+        BackendUnavailable: `impl` cannot be had on this machine.
     """
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise wanted("packed_attention", "qkv [T, 3, H, d]", qkv=qkv)
-    _check_offsets("packed_attention", cu_seqlens)
-    fixed = None
+    _check_heads("packed_attention", qkv=qkv)
+    _check_offsets("packed_attention", qkv, cu_seqlens)
     if fixed_length is not None:
-        if fixed_length < 1 or qkv.shape[0] % fixed_length:
-            raise wanted("packed_attention", f"a multiple of {fixed_length} tokens", qkv=qkv)
-        fixed = (fixed_length, fixed_length)
+        sequences = len(cu_seqlens) - 1
+        if fixed_length < 1 or qkv.shape[0] != fixed_length * sequences:
+            want = f"{sequences} sequences of fixed_length {fixed_length}"
+            raise wanted("packed_attention", want, qkv=qkv, cu_seqlens=cu_seqlens)
     q, k, v = qkv.unbind(1)
-    return packed_attention_reference(q, k, v, cu_seqlens, cu_seqlens, fixed).flatten(1)
+    fixed = _pair(fixed_length, fixed_length)
+    impl = resolve(impl, q, fixed)
+    if impl != OWN:
+        return attend(impl, q, k, v, cu_seqlens, cu_seqlens, fixed).flatten(1)
+    if owners is None and fixed_length is None and _runs_kernels(qkv):
+        owners = slot_owners(cu_seqlens, qkv.shape[0])
+    return _packed_attention(qkv, cu_seqlens, owners, fixed_length)[0]
 
 
 def packed_query_attention(
@@ -80,30 +255,71 @@ def packed_query_attention(
     cu_q: Tensor,
     cu_kv: Tensor,
     fixed_lengths: tuple[int, int] | None = None,
+    *,
+    owners: tuple[Tensor | None, Tensor | None] = (None, None),
+    impl: str = "auto",
 ) -> Tensor:
     """Return attention for a subset of queries over all keys of their sequence, [Q, H * d].
 
     The last decoder block asks only for the tokens that the loss looks at.
 
     Args:
-        q: queries, [Q, H, d]. Differentiable.
-        kv: keys and values, [T, 2, H, d]. Differentiable.
+        q: queries, [Q, H, d], [H, d] contiguous. Differentiable, once.
+        kv: keys and values, [T, 2, H, d], likewise, of the dtype of q. Differentiable, once.
         cu_q, cu_kv: offsets of the sequences in `q` and in `kv`, [S + 1], int32.
         fixed_lengths: (queries, keys) of every sequence where all have the same, else None.
+        owners: `slot_owners` of both sides, as for `packed_attention`.
+        impl: as for `packed_attention`.
 
     Raises:
-        ValueError: a shape or dtype is not as above.
+        ValueError: a shape, dtype or memory layout is not as above.
+        BackendUnavailable: `impl` cannot be had on this machine.
     """
     if q.ndim != 3 or kv.ndim != 4 or kv.shape[1] != 2 or kv.shape[2:] != q.shape[1:]:
         raise wanted("packed_query_attention", "q [Q, H, d], kv [T, 2, H, d]", q=q, kv=kv)
-    _check_offsets("packed_query_attention", cu_q)
-    _check_offsets("packed_query_attention", cu_kv)
+    if q.dtype != kv.dtype:
+        raise wanted("packed_query_attention", "q and kv of one dtype", q=q, kv=kv)
+    _check_heads("packed_query_attention", q=q)
+    _check_heads("packed_query_attention", kv=kv)
+    _check_offsets("packed_query_attention", q, cu_q)
+    _check_offsets("packed_query_attention", kv, cu_kv)
     if cu_q.shape != cu_kv.shape:
         raise wanted("packed_query_attention", "as many sequences in q", cu_q=cu_q, cu_kv=cu_kv)
+    if fixed_lengths is not None:
+        sequences = len(cu_q) - 1
+        rows = tuple(n * sequences for n in fixed_lengths)
+        if min(fixed_lengths) < 1 or rows != (len(q), len(kv)):
+            want = f"{sequences} sequences of fixed_lengths {fixed_lengths}"
+            raise wanted("packed_query_attention", want, q=q, kv=kv)
     k, v = kv.unbind(1)
-    return packed_attention_reference(q, k, v, cu_q, cu_kv, fixed_lengths).flatten(1)
+    impl = resolve(impl, q, fixed_lengths)
+    if impl != OWN:
+        return attend(impl, q, k, v, cu_q, cu_kv, fixed_lengths).flatten(1)
+    if fixed_lengths is None and _runs_kernels(q):
+        mine = owners
+        owners = (
+            slot_owners(cu_q, q.shape[0]) if mine[0] is None else mine[0],
+            slot_owners(cu_kv, kv.shape[0]) if mine[1] is None else mine[1],
+        )
+    lengths = fixed_lengths or (None, None)
+    return _packed_query_attention(q, kv, cu_q, cu_kv, *owners, *lengths)[0]
 
 
-def _check_offsets(op: str, cu_seqlens: Tensor) -> None:
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype != torch.int32:
-        raise wanted(op, "offsets int32 [S + 1]", cu_seqlens=cu_seqlens)
+def _runs_kernels(x: Tensor) -> bool:
+    return x.is_cuda or INTERPRET
+
+
+def _check_heads(op: str, **got: Tensor) -> None:
+    for x in got.values():
+        H, d = x.shape[-2:]
+        if not x.is_floating_point() or d < 1:
+            raise wanted(op, "floating-point heads of at least one channel", **got)
+        if (d > 1 and x.stride(-1) != 1) or (H > 1 and x.stride(-2) != d):
+            raise wanted(op, f"each token's [H, d] contiguous, strides are {x.stride()}", **got)
+
+
+def _check_offsets(op: str, x: Tensor, offsets: Tensor) -> None:
+    if offsets.ndim != 1 or len(offsets) < 1 or offsets.dtype != torch.int32:
+        raise wanted(op, "offsets int32 [S + 1]", offsets=offsets)
+    if offsets.device != x.device:
+        raise wanted(op, "offsets on the device of the tokens", tokens=x, offsets=offsets)

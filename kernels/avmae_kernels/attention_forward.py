@@ -1,4 +1,4 @@
-"""The forward kernel of packed attention: one tile of queries against all keys of its sequence.
+"""The forward kernels of packed attention.
 
 Shape letters: Q, T query and key tokens, S sequences, H heads, d head_dim; M, N queries and keys
 of a tile. Source: online softmax, arXiv:2205.14135 and arXiv:2307.08691, in base 2.
@@ -10,16 +10,22 @@ from torch import Tensor
 from avmae_kernels._triton import tl, triton
 from avmae_kernels.attention_layout import (
     SLOT,
+    Sequences,
     Tile,
+    add_product,
     find_tile,
+    inner_products,
     kernel_constants,
-    load_rows,
+    load_head,
+    scale_head,
     slot_count,
     statistics_row,
-    store_rows,
+    store_head,
+    zero_head,
 )
 
-_VARYING = ["heads", "S", "tokens", "slots"]
+# Arguments that change from batch to batch, and must not make a new kernel each time.
+_VARYING = ["heads", "S", "tokens", "slots", "parts"]
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -46,10 +52,11 @@ def forward_kernel(
     HIGH: tl.constexpr,
     SCALE: tl.constexpr,
     SCALE_LOG2: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """One tile of queries of one head against all keys of its sequence, block after block."""
     # Heads vary fastest: programs that run together read neighbouring columns of the same rows.
     h = tl.program_id(0) % heads
     tile = tl.program_id(0) // heads
@@ -58,110 +65,167 @@ def forward_kernel(
     )
     if row >= q_length:
         return
-    m = tl.arange(0, BLOCK_M)
+    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     in_q = row + m < q_length
     q_row = (q_start + row).to(tl.int64)
     q_ptr += q_row * q_stride + h * HEAD_DIM
-    k_ptr += kv_start.to(tl.int64) * kv_stride + h * HEAD_DIM
-    v_ptr += kv_start.to(tl.int64) * kv_stride + h * HEAD_DIM
-    q_low = load_rows(q_ptr, q_stride, m, in_q, 0, LOW, HEAD_DIM, True)
-    q_high = q_low
-    if HIGH > 0:
-        q_high = load_rows(q_ptr, q_stride, m, in_q, LOW, HIGH, HEAD_DIM, True)
+    kv_first = kv_start.to(tl.int64) * kv_stride + h * HEAD_DIM
+    q = load_head(q_ptr, q_stride, m, in_q, HEAD_DIM, LOW, HIGH, True)
 
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    low = tl.zeros([BLOCK_M, LOW], tl.float32)
-    high = tl.zeros([BLOCK_M, HIGH if HIGH > 0 else 1], tl.float32)
+    out = zero_head(BLOCK_M, LOW, HIGH)
     # The last block of keys, the only one that may be short, goes first: the loop needs no mask.
     last = tl.maximum((kv_length + BLOCK_N - 1) // BLOCK_N - 1, 0) * BLOCK_N
-    top, total, low, high = _attend(
-        q_low, q_high, k_ptr, v_ptr, kv_stride, last, kv_length, top, total, low, high,
-        HEAD_DIM, LOW, HIGH, SCALE_LOG2, BLOCK_N, True, PRECISION,
-    )  # fmt: skip
+    in_kv = last + n < kv_length
+    first = kv_first + tl.cast(last, tl.int64) * kv_stride
+    k = load_head(k_ptr + first, kv_stride, n, in_kv, HEAD_DIM, LOW, HIGH, True)
+    v = load_head(v_ptr + first, kv_stride, n, in_kv, HEAD_DIM, LOW, HIGH, True)
+    top, total, out = _attend(q, k, v, in_kv, top, total, out, SCALE_LOG2, True, PRECISION)
     for start in range(0, last, BLOCK_N):
-        top, total, low, high = _attend(
-            q_low, q_high, k_ptr, v_ptr, kv_stride, start, kv_length, top, total, low, high,
-            HEAD_DIM, LOW, HIGH, SCALE_LOG2, BLOCK_N, False, PRECISION,
-        )  # fmt: skip
+        first = kv_first + tl.cast(start, tl.int64) * kv_stride
+        k = load_head(k_ptr + first, kv_stride, n, in_kv, HEAD_DIM, LOW, HIGH, False)
+        v = load_head(v_ptr + first, kv_stride, n, in_kv, HEAD_DIM, LOW, HIGH, False)
+        top, total, out = _attend(q, k, v, in_kv, top, total, out, SCALE_LOG2, False, PRECISION)
 
-    # The largest score alone adds about 1 to the sum. Without keys it is 0, and so is the output;
-    # an infinite log-sum-exp keeps such a row out of the gradients.
-    floor = tl.maximum(total, 0.5)
-    share = 1.0 / floor
-    lse = tl.where(total > 0, top + tl.math.log2(floor), float("inf"))
-    lse_row = statistics_row(s, q_start, FIXED_Q) + row
-    tl.store(lse_ptr + h.to(tl.int64) * slots * 128 + lse_row + m, lse, mask=in_q)
+    lse_ptr += h.to(tl.int64) * slots * 128 + statistics_row(s, q_start, FIXED_Q) + row
     out_ptr += q_row * out_stride + h * HEAD_DIM
-    store_rows(out_ptr, out_stride, m, in_q, low * share[:, None], 0, LOW, HEAD_DIM)
-    if HIGH > 0:
-        store_rows(out_ptr, out_stride, m, in_q, high * share[:, None], LOW, HIGH, HEAD_DIM)
+    _finish(out_ptr, out_stride, lse_ptr, m, in_q, top, total, out, HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def short_forward_kernel(
+    q_ptr,  # [Q, H, d], rows q_stride apart
+    k_ptr,  # [T, H, d], rows kv_stride apart
+    v_ptr,  # [T, H, d], rows kv_stride apart
+    out_ptr,  # [Q, H, d]
+    lse_ptr,  # [H, slots * 128] fp32, in powers of two
+    q_stride,
+    kv_stride,
+    out_stride,
+    heads,
+    slots,
+    parts,
+    FIXED_Q: tl.constexpr,
+    FIXED_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    SCALE: tl.constexpr,
+    SCALE_LOG2: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCKS_N: tl.constexpr,
+):  # fmt: skip
+    """Every `parts`-th tile of queries of one sequence and head, whose keys and values stay on
+    chip: as many blocks of them as BLOCKS_N has sizes, equal but for the last."""
+    h = tl.program_id(0) % heads
+    s = tl.program_id(0) // heads // parts
+    part = tl.program_id(0) // heads % parts
+    q_start, kv_start = s * FIXED_Q, s * FIXED_K
+    kv_first = kv_start.to(tl.int64) * kv_stride + h * HEAD_DIM
+    keys, values = (), ()
+    for i in tl.static_range(len(BLOCKS_N)):
+        n = i * BLOCKS_N[0] + tl.arange(0, BLOCKS_N[i])
+        in_kv = n < FIXED_K
+        k = load_head(k_ptr + kv_first, kv_stride, n, in_kv, HEAD_DIM, LOW, HIGH, True)
+        v = load_head(v_ptr + kv_first, kv_stride, n, in_kv, HEAD_DIM, LOW, HIGH, True)
+        keys, values = keys + (k,), values + (v,)  # type: ignore[assignment]
+
+    m = tl.arange(0, BLOCK_M)
+    lse_ptr += h.to(tl.int64) * slots * 128 + statistics_row(s, q_start, FIXED_Q)
+    for row in range(part * BLOCK_M, FIXED_Q, parts * BLOCK_M):
+        in_q = row + m < FIXED_Q
+        q_row = (q_start + row).to(tl.int64)
+        q_first = q_ptr + q_row * q_stride + h * HEAD_DIM
+        q = load_head(q_first, q_stride, m, in_q, HEAD_DIM, LOW, HIGH, True)
+        top = tl.full([BLOCK_M], -float("inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        out = zero_head(BLOCK_M, LOW, HIGH)
+        for i in tl.static_range(len(BLOCKS_N)):
+            in_kv = i * BLOCKS_N[0] + tl.arange(0, BLOCKS_N[i]) < FIXED_K
+            top, total, out = _attend(
+                q, keys[i], values[i], in_kv, top, total, out, SCALE_LOG2,
+                FIXED_K < (i + 1) * BLOCKS_N[0], PRECISION,
+            )  # fmt: skip
+        out_first = out_ptr + q_row * out_stride + h * HEAD_DIM
+        _finish(out_first, out_stride, lse_ptr + row, m, in_q, top, total, out, HEAD_DIM)
 
 
 @triton.jit
 def _attend(
-    q_low, q_high, k_ptr, v_ptr, stride, start, length, top, total, low, high,
-    HEAD_DIM: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
+    q, k, v, in_kv, top, total, out,
     SCALE_LOG2: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Take one block of keys into the running maximum, the running sum and the output."""
-    n = tl.arange(0, BLOCK_N)
-    in_kv = start + n < length
-    first = tl.cast(start, tl.int64) * stride
-    k_low = load_rows(k_ptr + first, stride, n, in_kv, 0, LOW, HEAD_DIM, MASKED)
-    s_MN = tl.dot(q_low, k_low.T, input_precision=PRECISION)
-    if HIGH > 0:
-        k_high = load_rows(k_ptr + first, stride, n, in_kv, LOW, HIGH, HEAD_DIM, MASKED)
-        s_MN = tl.dot(q_high, k_high.T, s_MN, input_precision=PRECISION)
+    s_MN = inner_products(q, k, PRECISION)
     if MASKED:
         s_MN = tl.where(in_kv[None, :], s_MN, -float("inf"))
     new_top = tl.maximum(top, tl.max(s_MN, 1) * SCALE_LOG2)
     if MASKED:
-        # Without a single key the maximum is -inf, and -inf - -inf is no number.
-        new_top = tl.where(length > 0, new_top, 0.0)
+        # As long as there is no key the maximum is -inf, and -inf - -inf is no number.
+        new_top = tl.where(new_top == -float("inf"), 0.0, new_top)
     p_MN = tl.math.exp2(s_MN * SCALE_LOG2 - new_top[:, None])
     shrink = tl.math.exp2(top - new_top)
     total = total * shrink + tl.sum(p_MN, 1)
-    v_low = load_rows(v_ptr + first, stride, n, in_kv, 0, LOW, HEAD_DIM, MASKED)
-    p_MN = p_MN.to(v_low.dtype)
-    low = tl.dot(p_MN, v_low, low * shrink[:, None], input_precision=PRECISION)
-    if HIGH > 0:
-        v_high = load_rows(v_ptr + first, stride, n, in_kv, LOW, HIGH, HEAD_DIM, MASKED)
-        high = tl.dot(p_MN, v_high, high * shrink[:, None], input_precision=PRECISION)
-    return new_top, total, low, high
+    out = add_product(scale_head(out, shrink), p_MN.to(v[0].dtype), v, PRECISION)
+    return new_top, total, out
+
+
+@triton.jit
+def _finish(out_ptr, out_stride, lse_ptr, m, in_q, top, total, out, HEAD_DIM: tl.constexpr):
+    """Write the normalised output and the log-sum-exp of the rows m."""
+    # The largest score alone adds about 1 to the sum. Without keys it is 0, and so is the output;
+    # an infinite log-sum-exp keeps such a row out of the gradients.
+    floor = tl.maximum(total, 0.5)
+    lse = tl.where(total > 0, top + tl.math.log2(floor), float("inf"))
+    tl.store(lse_ptr + m, lse, mask=in_q)
+    store_head(out_ptr, out_stride, m, in_q, out, (1.0 / floor)[:, None], HEAD_DIM)
+
+
+def short_blocks(length: int, block: int) -> tuple[int, ...]:
+    """Blocks that hold `length` keys, equal but for the last: 157 keys are 64 + 64 + 32."""
+    whole, rest = divmod(length, block)
+    tail = (max(16, 1 << (rest - 1).bit_length()),) if rest else ()
+    return (block,) * whole + tail
 
 
 def launch_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_kv: Tensor,
-    owners: Tensor | None,
-    fixed: tuple[int, int] | None,
-    tile: Tile,
+    q: Tensor, k: Tensor, v: Tensor, seqs: Sequences, tile: Tile
 ) -> tuple[Tensor, Tensor]:
     """The output [Q, H, d] and its log-sum-exp by slot, [H, slots * 128] fp32 in powers of two."""
+    cu_q, cu_kv, owners, _, fixed = seqs
     Q, H, d = q.shape
     S = len(cu_q) - 1
     slots = slot_count(Q, S, fixed and fixed[0])
     out = torch.empty(Q, H, d, dtype=q.dtype, device=q.device)
     lse = torch.empty(H, slots * SLOT, dtype=torch.float32, device=q.device)
+    if Q * H == 0:
+        return out, lse
+    strides = q.stride(0), k.stride(0), out.stride(0)
+    constants = kernel_constants(d, q.dtype, fixed) | {"BLOCK_M": tile.block_m}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if fixed is not None and tile.resident:
+        tiles = -(-fixed[0] // tile.block_m)
+        # Where sequences are few, the tiles of one are shared out among programs.
+        parts = min(tiles, -(-_ENOUGH_PROGRAMS // (S * H)))
+        short_forward_kernel[(S * parts * H,)](
+            q, k, v, out, lse, *strides, H, slots, parts, **constants,
+            BLOCKS_N=short_blocks(fixed[1], tile.block_n), **options,
+        )  # fmt: skip
+        return out, lse
     if fixed is None:
         tiles = slots * (SLOT // tile.block_m)
     else:
-        tiles = S * triton.cdiv(fixed[0], tile.block_m)
-    if Q == 0 or H == 0:
-        return out, lse
+        tiles = S * -(-fixed[0] // tile.block_m)
     forward_kernel[(tiles * H,)](
-        q, k, v, out, lse, cu_q, cu_kv, cu_q if owners is None else owners,
-        q.stride(0), k.stride(0), out.stride(0), H, S, Q, slots,
-        **kernel_constants(d, q.dtype, fixed), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        q, k, v, out, lse, cu_q, cu_kv, cu_q if owners is None else owners, *strides, H, S, Q,
+        slots, **constants, BLOCK_N=tile.block_n, **options,
     )  # fmt: skip
     return out, lse
+
+
+# Four programs for each of the 132 processors of an H100; the result does not depend on it.
+_ENOUGH_PROGRAMS = 528

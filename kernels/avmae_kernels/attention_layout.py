@@ -14,6 +14,7 @@ sequence starts on an aligned address; entries past its end are unspecified and 
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,18 +22,39 @@ from torch import Tensor
 from avmae_kernels._triton import tl, triton
 
 SLOT = 128
+# A sequence of at most this many keys is a short one: its keys and values fit on a chip.
+SHORT = 320
+MAX_HEAD_DIM = 128
 # A kernel may read a global only if it is a constexpr.
 ROWS_PER_SLOT = tl.constexpr(SLOT)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows of a program on the side of the queries and of the keys, and how it is compiled."""
+    """Rows of a program on the side of the queries and of the keys, and how it is compiled.
+
+    resident: all keys of a sequence stay on chip (forward pass, short fixed lengths).
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int = 2
+    resident: bool = False
+
+
+class Sequences(NamedTuple):
+    """Where the sequences start among the queries and among the keys.
+
+    cu_q, cu_kv: offsets, [S + 1] int32. owners_q, owners_kv: owners of their slots, which the
+    kernels need where lengths vary. fixed: (queries, keys) of every sequence if all have the same.
+    """
+
+    cu_q: Tensor
+    cu_kv: Tensor
+    owners_q: Tensor | None = None
+    owners_kv: Tensor | None = None
+    fixed: tuple[int, int] | None = None
 
 
 def slot_count(tokens: int, sequences: int, fixed_length: int | None) -> int:
@@ -125,7 +147,30 @@ def statistics_row(s, start, FIXED: tl.constexpr):
 
 
 @triton.jit
-def load_rows(
+def load_head(
+    ptr,
+    stride,
+    rows,
+    valid,
+    HEAD_DIM: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Some rows of one head as a tuple of one or two tiles: columns 0 .. LOW, and HIGH more.
+
+    Zero past the head and, if MASKED, where a row is not `valid`. Rows are small numbers: the
+    caller moves `ptr` by 64-bit offsets.
+    """
+    low = _load_columns(ptr, stride, rows, valid, 0, LOW, HEAD_DIM, MASKED)
+    if HIGH == 0:
+        return (low,)
+    else:
+        return low, _load_columns(ptr, stride, rows, valid, LOW, HIGH, HEAD_DIM, MASKED)
+
+
+@triton.jit
+def _load_columns(
     ptr,
     stride,
     rows,
@@ -135,37 +180,76 @@ def load_rows(
     HEAD_DIM: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Columns FIRST .. FIRST + WIDTH of some rows of one head; zeros past the head and where a
-    row is not `valid`. Rows are small numbers: the caller moves `ptr` by 64-bit offsets."""
     columns = FIRST + tl.arange(0, WIDTH)
     offsets = rows[:, None] * stride + columns[None, :]
     if FIRST + WIDTH > HEAD_DIM:
-        in_head = (columns < HEAD_DIM)[None, :]
-        keep = in_head & valid[:, None] if MASKED else in_head
-        return tl.load(ptr + offsets, mask=keep, other=0.0)
-    if MASKED:
-        return tl.load(ptr + offsets, mask=valid[:, None], other=0.0)
-    return tl.load(ptr + offsets)
+        keep = (columns < HEAD_DIM)[None, :]
+        if MASKED:
+            keep = keep & valid[:, None]
+        tile = tl.load(ptr + offsets, mask=keep, other=0.0)
+    elif MASKED:
+        tile = tl.load(ptr + offsets, mask=valid[:, None], other=0.0)
+    else:
+        tile = tl.load(ptr + offsets)
+    return tile
 
 
 @triton.jit
-def store_rows(
-    ptr,
-    stride,
-    rows,
-    valid,
-    values,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):  # fmt: skip
-    """Undo `load_rows`, rounding `values` to the dtype stored."""
+def store_head(ptr, stride, rows, valid, head, factor, HEAD_DIM: tl.constexpr):
+    """Undo `load_head`: `head * factor`, rounded to the dtype stored."""
+    LOW: tl.constexpr = head[0].shape[1]
+    _store_columns(ptr, stride, rows, valid, head[0] * factor, 0, HEAD_DIM)
+    if len(head) > 1:
+        _store_columns(ptr, stride, rows, valid, head[1] * factor, LOW, HEAD_DIM)
+
+
+@triton.jit
+def _store_columns(ptr, stride, rows, valid, tile, FIRST: tl.constexpr, HEAD_DIM: tl.constexpr):
+    WIDTH: tl.constexpr = tile.shape[1]
     columns = FIRST + tl.arange(0, WIDTH)
     offsets = rows[:, None] * stride + columns[None, :]
     keep = valid[:, None]
     if FIRST + WIDTH > HEAD_DIM:
         keep = keep & (columns < HEAD_DIM)[None, :]
-    tl.store(ptr + offsets, values.to(ptr.dtype.element_ty), mask=keep)
+    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def zero_head(ROWS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """An fp32 accumulator for rows of one head."""
+    low = tl.zeros([ROWS, LOW], tl.float32)
+    if HIGH == 0:
+        return (low,)
+    else:
+        return low, tl.zeros([ROWS, HIGH], tl.float32)
+
+
+@triton.jit
+def inner_products(a, b, PRECISION: tl.constexpr):
+    """Of every row of head `a` with every row of head `b`, fp32."""
+    product = tl.dot(a[0], b[0].T, input_precision=PRECISION)
+    if len(a) > 1:
+        product = tl.dot(a[1], b[1].T, product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def add_product(head, weights, rows, PRECISION: tl.constexpr):
+    """`head + weights @ rows`, where head and rows are tuples of tiles."""
+    low = tl.dot(weights, rows[0], head[0], input_precision=PRECISION)
+    if len(rows) == 1:
+        return (low,)
+    else:
+        return low, tl.dot(weights, rows[1], head[1], input_precision=PRECISION)
+
+
+@triton.jit
+def scale_head(head, factor):
+    """Every row of `head` times its `factor`."""
+    if len(head) == 1:
+        return (head[0] * factor[:, None],)
+    else:
+        return head[0] * factor[:, None], head[1] * factor[:, None]
 
 
 def split_head(head_dim: int) -> tuple[int, int]:

@@ -56,10 +56,9 @@ def _forward(
 ) -> _Forward:
     """The sum (empty where it is x itself), its LayerNorm, and the mean and rstd of each row."""
     total = x if update is None else _add(x, update, update_bias, row_scale)
-    # In fp32 parameters the statistics come out in fp32 too, however narrow the sum is.
     wide = _statistics_dtype(total.dtype)
     y, mean, rstd = torch.native_layer_norm(
-        total, total.shape[-1:], weight.to(wide), bias.to(wide), eps
+        total.to(wide), total.shape[-1:], weight.to(wide), bias.to(wide), eps
     )
     written = x.new_empty(0) if update is None else total
     return written, y.to(dtype), mean[..., 0], rstd[..., 0]
@@ -101,15 +100,15 @@ def _backward(
     That of the update is empty where `update_dtype` is None: it equals that of x. That of its
     bias is empty unless asked for.
     """
-    wide = weight.to(mean.dtype)
+    wide = mean.dtype
     grad, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-        grad_y.to(total.dtype),
-        total,
+        grad_y.to(wide),
+        total.to(wide),
         total.shape[-1:],
         mean[..., None],
         rstd[..., None],
-        wide,
-        wide,
+        weight.to(wide),
+        weight.to(wide),
         [True, True, True],
     )
     if grad_total is not None:
@@ -117,7 +116,7 @@ def _backward(
     grad_update = grad if row_scale is None else grad * row_scale[..., None]
     grad_update_bias = mean.new_empty(0)
     if sums_update:
-        grad_update_bias = grad_update.flatten(0, -2).sum(0, dtype=mean.dtype)
+        grad_update_bias = grad_update.flatten(0, -2).sum(0)
     if update_dtype is None:
         grad_update = mean.new_empty(0)
     else:

@@ -196,7 +196,10 @@ def launch_backward(
     weight: Tensor,
     row_scale: Tensor | None,
 ) -> None:
-    """Write the gradients of x, update, weight, bias and update_bias; empty ones are left out."""
+    """Write the gradients of x, update, weight, bias and update_bias.
+
+    The second is left out where its shape is not that of the first, the last where it is empty.
+    """
     grad_x, grad_update, *sums = outs
     sums = [grad for grad in sums if grad.numel()]
     D = total.shape[-1]
@@ -222,7 +225,7 @@ def launch_backward(
         **tile,
         HAS_GRAD_TOTAL=grad_total is not None,
         HAS_ROW_SCALE=row_scale is not None,
-        WRITES_UPDATE=grad_update.numel() > 0,
+        WRITES_UPDATE=grad_update.shape == grad_x.shape,
         HAS_UPDATE_BIAS=len(sums) == 3,
         num_warps=warps,
         maxnreg=_BACKWARD_REGISTERS,
@@ -233,13 +236,17 @@ def launch_backward(
 def compile_cases() -> list[CompileCase]:
     """The shipped configurations: released and common widths, with everything switched on."""
     narrow, wide = "*bf16", "*fp32"
-    # Dtypes of x, update, y: all of one kind, and a float32 stream under autocast.
-    kinds = {"bf16": (narrow,) * 3, "fp32": (wide,) * 3, "fp32+bf16": (wide, narrow, narrow)}
+    # Dtypes of x, update, y, with the widths: a float32 stream under autocast, all of one kind.
+    kinds = {
+        "fp32+bf16": ((wide, narrow, narrow), (192, 384, 512, 768, 1024, 1280, 2048)),
+        "bf16": ((narrow, narrow, narrow), (384, 512, 768, 1024, 1280, 2048)),
+        "fp32": ((wide, wide, wide), (384, 768, 1280)),
+    }
     return [
         make(arch, D, name, *kind)
         for arch in PROGRAMS
-        for D in (192, 384, 512, 768, 1024, 1280, 2048)
-        for name, kind in kinds.items()
+        for name, (kind, widths) in kinds.items()
+        for D in widths
         for make in (_forward_case, _backward_case)
     ]
 

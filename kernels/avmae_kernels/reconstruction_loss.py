@@ -7,7 +7,7 @@ arXiv:2111.06377, and as Tong et al. (VideoMAE), arXiv:2203.12602.
 On a GPU the targets are made in registers; there is no tensor of them.
 """
 
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from avmae_kernels.patches import (
 from avmae_kernels.reconstruction_loss_kernels import (
     COUNT_EPS,
     MAX_VALUES,
+    NORMS,
     PER_CHANNEL,
     TARGET_EPS,
     UNBIASED,
@@ -53,17 +54,30 @@ def target_patches(
     both of pixels in [0, 1]. These two leave a spectrogram as it is: it has no channels.
     """
     target = normalise_pixels(gather_patches(source, index, patch, **view), dtype)
-    if norm == "none" or (norm in PER_CHANNEL and source.ndim == 3):
-        return target
-    groups = target.unflatten(-1, (-1, 3 if norm in PER_CHANNEL else 1))
-    if norm == "videomae":
-        groups = (groups + 1) / 2
+    mean, spread = target_statistics(target, norm, has_channels=source.ndim == 5)
+    return (target - mean) / spread
+
+
+def target_statistics(
+    patches: Tensor, norm: TargetNorm, has_channels: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean and spread of every value's group, [..., P]: targets are `(patches - mean) / spread`.
+
+    Args:
+        patches: pixels in [-1, 1] or log-mel, not normalised, [..., P].
+        norm: see `target_patches`.
+        has_channels: whether they are patches of video, whose values run through three channels.
+    """
+    if norm == "none" or (norm in PER_CHANNEL and not has_channels):
+        return torch.zeros_like(patches), torch.ones_like(patches)
+    groups = patches.unflatten(-1, (-1, 3 if norm in PER_CHANNEL else 1))
     # One value alone has no unbiased variance: it is its own mean, and its target is 0.
     correction = 1 if norm in UNBIASED and groups.shape[-2] > 1 else 0
     variance, mean = torch.var_mean(groups, dim=-2, correction=correction, keepdim=True)
-    if norm == "videomae":
-        return ((groups - mean) / (variance.sqrt() + TARGET_EPS)).flatten(-2)
-    return ((groups - mean) * torch.rsqrt(variance + TARGET_EPS)).flatten(-2)
+    # Pixels in [0, 1] have half the deviation of these, so twice the epsilon does the same.
+    videomae = norm == "videomae"
+    spread = variance.sqrt() + 2 * TARGET_EPS if videomae else (variance + TARGET_EPS).sqrt()
+    return mean.expand_as(groups).flatten(-2), spread.expand_as(groups).flatten(-2)
 
 
 def reconstruction_loss_reference(
@@ -130,7 +144,7 @@ def _meaning(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return (error_B * weight).sum() / count, kept, 2 * weight / count
 
 
-def _kernels(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _by_kernel(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     pred, *view, scored, norm, valid, mean_over_patch, with_gradient = arguments
     if norm != "none" and pred.shape[2] > MAX_VALUES:
         want = f"at most {MAX_VALUES} values in a patch for norm {norm!r}"
@@ -149,7 +163,7 @@ _LOSS = define(
     f"reconstruction_loss(Tensor pred, {VIEW_SCHEMA}, Tensor scored, str norm, Tensor? valid, "
     "bool mean_over_patch, bool with_gradient) -> (Tensor, Tensor, Tensor)",
     meaning=_meaning,
-    kernels=_kernels,
+    kernels=_by_kernel,
     fake=_fake,
 )
 
@@ -224,8 +238,8 @@ def reconstruction_loss(
         raise wanted(op, "pred [B, S, P], scored [B, S]", pred=pred, scored=scored)
     if pred.shape[2] != view.values:
         raise wanted(op, f"P = {view.values} for patch {patch}", pred=pred, source=source)
-    if norm not in get_args(TargetNorm):
-        choices = ", ".join(map(repr, get_args(TargetNorm)))
+    if norm not in NORMS:
+        choices = ", ".join(map(repr, NORMS))
         raise ValueError(f"{op} wants norm in {choices}, got {norm!r}")
     if valid is not None and valid.shape != pred.shape[:1]:
         raise wanted(op, "valid [B]", pred=pred, valid=valid)

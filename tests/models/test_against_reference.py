@@ -9,10 +9,11 @@ import itertools
 
 import pytest
 import torch
+from tiny import randomise, tiny_batch, tiny_config
+
 from avmae_fast.config import ModelConfig
 from avmae_fast.models import AudiovisualMAE, TokenMask
 from avmae_fast.reference import ReferenceMAE
-from tiny import randomise, tiny_batch, tiny_config
 
 FUSIONS = ("early", "mid", "separate", "shared")
 DECODINGS = ("joint", "shared", "separate")

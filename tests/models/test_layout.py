@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from avmae_fast.models.layout import TokenLayout, pack, unpack
 
 LENGTHS = {"video": 5, "audio": 3}

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from tiny import randomise, tiny_batch, tiny_config
+
 from avmae_fast.config import AudioConfig, ConfigError, ModelConfig
 from avmae_fast.models import AudiovisualMAE, Encoder, TokenMask
-from tiny import randomise, tiny_batch, tiny_config
 
 
 def test_encoder_shapes_at_full_size() -> None:

@@ -1,6 +1,7 @@
 """Tiny models and batches shared by the model tests."""
 
 import torch
+
 from avmae_fast.config import AudioConfig, ModelConfig, StackConfig, VideoConfig
 from avmae_fast.models import TokenMask
 from avmae_kernels.masking import MaskSpec, sample_masks

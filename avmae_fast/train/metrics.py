@@ -1,0 +1,171 @@
+"""What a run reports while it runs: metrics.jsonl, TensorBoard and a progress bar.
+
+A line of metrics.jsonl holds `step`, `samples` (seen so far), `loss`, `loss_<modality>` and
+`grad_norm` (means over the steps since the line before), `lr` (of that step), `clips_per_s`,
+`data_wait_fraction` (of the time of those steps) and `time_s` (since the run began, pauses between
+a stop and a resume left out). Validation has a file of its own, validation.jsonl, and so have the
+files that could not be read and had to be substituted, bad_samples.jsonl.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from avmae_fast.config import Config
+from avmae_fast.data.loader import Batch
+from avmae_fast.train.run_folder import BAD_SAMPLES, METRICS, TENSORBOARD, VALIDATION, ResumePoint
+
+
+class Metrics:
+    """Means over the steps since the last line, and everywhere they are written.
+
+    Args:
+        steps: where the run ends.
+        point: where it is resumed; what the earlier run wrote beyond it is dropped.
+    """
+
+    def __init__(self, config: Config, steps: int, point: ResumePoint | None) -> None:
+        self._batch = config.train.batch
+        self._folder = config.train.out
+        state: dict[str, Any] = {"sums": {}, "count": 0, "time_s": 0.0}
+        if point is not None:
+            state = point.state["metrics"]
+        self._sums: dict[str, float] = dict(state["sums"])
+        self._count: int = state["count"]
+        self._began_s = time.monotonic() - state["time_s"]
+        self._timed_steps, self._step_s, self._wait_s = 0, 0.0, 0.0
+        step, samples = (point.step, point.samples) if point else (0, 0)
+        _keep_lines(self._folder / METRICS, "step", step)
+        # A validation at `step` comes after its checkpoint, so it is done again.
+        _keep_lines(self._folder / VALIDATION, "step", step - 1)
+        _keep_lines(self._folder / BAD_SAMPLES, "position", samples - 1)
+        self.tensorboard = None
+        if config.train.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = self._folder / TENSORBOARD
+            self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
+        self._bar = tqdm(
+            total=steps,
+            initial=step,
+            desc="step",
+            disable=None,
+            dynamic_ncols=True,
+            bar_format="{desc} {n_fmt}/{total_fmt} |{bar:16}| ETA {remaining}{postfix}",
+        )
+        self._steps = steps
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, with the time spent waiting for them and their bad samples noted."""
+        while True:
+            began_s = time.monotonic()
+            batch = next(batches)
+            self._wait_s += time.monotonic() - began_s
+            _append(self._folder / BAD_SAMPLES, map(asdict, batch.substituted))
+            yield batch
+
+    def add(self, values: Mapping[str, float], step_s: float) -> None:
+        """Count one step: its losses and gradient norm, and how long it took."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._count += 1
+        self._timed_steps += 1
+        self._step_s += step_s
+        self._bar.update()
+
+    def write(self, step: int, samples: int, lr: float) -> None:
+        """Write one line, the means since the last."""
+        line: dict[str, float] = {"step": step, "samples": samples}
+        line |= {name: total / self._count for name, total in self._sums.items()}
+        line["lr"] = lr
+        line["clips_per_s"] = self._timed_steps * self._batch / self._step_s
+        line["data_wait_fraction"] = self._wait_s / self._step_s
+        line["time_s"] = self._elapsed_s()
+        _append(self._folder / METRICS, [line])
+        self._to_tensorboard("train", line, step)
+        self._show(step, line)
+        self._sums, self._count = {}, 0
+        self._timed_steps, self._step_s, self._wait_s = 0, 0.0, 0.0
+
+    def write_validation(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one line of validation.jsonl."""
+        _append(self._folder / VALIDATION, [{"step": step, **values}])
+        self._to_tensorboard("validation", values, step)
+        self._say(f"step {step}: validation " + _losses(values))
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to go on with the same means and the same clock."""
+        return {"sums": self._sums, "count": self._count, "time_s": self._elapsed_s()}
+
+    def _elapsed_s(self) -> float:
+        return time.monotonic() - self._began_s
+
+    def _to_tensorboard(self, group: str, values: Mapping[str, float], step: int) -> None:
+        if self.tensorboard is not None:
+            for name in values.keys() - {"step", "samples"}:
+                self.tensorboard.add_scalar(f"{group}/{name}", values[name], step)
+
+    def _show(self, step: int, line: Mapping[str, float]) -> None:
+        speed = f"{line['clips_per_s']:.1f} clips/s, data wait {line['data_wait_fraction']:.0%}"
+        text = f"{_losses(line)}, {speed}"
+        self._bar.set_postfix_str(text, refresh=False)
+        if self._bar.disable:
+            left_s = (self._steps - step) * self._batch / line["clips_per_s"]
+            self._say(f"step {step}/{self._steps}: {text}, ETA {tqdm.format_interval(left_s)}")
+
+    def _say(self, text: str) -> None:
+        tqdm.write(text)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last one that was cut off is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _keep_lines(path: Path, key: str, last: int) -> None:
+    """Keep the lines up to `last`; the others will be written again."""
+    if path.exists():
+        partial = path.with_name(f".partial-{path.name}")
+        partial.write_text(_as_text(line for line in read_lines(path) if line[key] <= last))
+        os.replace(partial, path)
+
+
+def _append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    if text := _as_text(lines):
+        with path.open("a") as file:
+            file.write(text)
+
+
+def _as_text(lines: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(f"{json.dumps(line)}\n" for line in lines)
+
+
+def _losses(values: Mapping[str, float]) -> str:
+    parts = [
+        f"{name.removeprefix('loss_')} {value:.4f}"
+        for name, value in values.items()
+        if name.startswith("loss_")
+    ]
+    return f"loss {values['loss']:.4f} ({', '.join(parts)})"

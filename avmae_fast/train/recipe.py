@@ -1,0 +1,103 @@
+"""What a configuration comes to on this machine and this data set: steps, device, precision."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from avmae_fast.config import Config, ConfigError, Modality, TrainConfig
+from avmae_fast.models import AudiovisualMAE
+from avmae_fast.models.blocks import set_checkpoint
+from avmae_kernels.masking import MaskSpec
+
+Autocast = Callable[[], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Length of a run in optimiser steps, and the learning rate it rises to.
+
+    An epoch is `records // batch` steps, as in the authors' code.
+    """
+
+    steps: int
+    warmup_steps: float
+    peak_lr: float
+
+    @classmethod
+    def of(cls, train: TrainConfig, records: int) -> "Schedule":
+        """The schedule of a run over `records` training clips."""
+        per_epoch = max(1, records // train.batch)
+        steps = train.steps if train.epochs is None else max(1, int(train.epochs * per_epoch))
+        assert steps is not None
+        warmup = train.warmup_steps or 0
+        if train.warmup_epochs is not None:
+            warmup = train.warmup_epochs * per_epoch
+        if warmup >= steps:
+            raise ConfigError(
+                f"train.warmup_steps = {warmup:g} is not valid: it must be less than the "
+                f"{steps} steps of the run (an epoch has {per_epoch})"
+            )
+        return cls(steps, warmup, train.base_lr * train.batch / 256)
+
+
+def mask_specs(config: Config) -> dict[Modality, MaskSpec]:
+    """Which tokens of each modality are masked.
+
+    Raises:
+        ConfigError: the kind does not fit the modality, or nothing is masked, left visible or left
+            to predict.
+    """
+    specs: dict[Modality, MaskSpec] = {}
+    for m in config.model.modalities:
+        field = config.model.input(m)
+        try:
+            specs[m] = MaskSpec(field.mask, field.grid, field.mask_ratio)
+        except ValueError as error:
+            raise ConfigError(f"model.{m}.mask and model.{m}.mask_ratio: {error}") from error
+        if specs[m].n_masked == 0:
+            raise ConfigError(
+                f"model.{m}.mask_ratio = {field.mask_ratio} is not valid: it must be high enough "
+                f"to mask a token of {specs[m].n_tokens}"
+            )
+    if config.model.objective == "inpainting_released":
+        _require_room(specs["video"], specs["audio"], "audio")
+        _require_room(specs["audio"], specs["video"], "video")
+    return specs
+
+
+def _require_room(target: MaskSpec, shown: MaskSpec, other: Modality) -> None:
+    """Released inpainting puts the visible tokens of one modality in the place of the other's."""
+    if shown.n_visible >= target.n_tokens:
+        raise ConfigError(
+            f"model.{other}.mask_ratio = {shown.ratio} is not valid with inpainting_released: it "
+            f"leaves {shown.n_visible} tokens visible, which must be fewer than the "
+            f"{target.n_tokens} tokens they take the place of"
+        )
+
+
+def choose_device(train: TrainConfig) -> torch.device:
+    """The device of a run; a GPU where there is one, unless the configuration says otherwise."""
+    if train.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device = 'cuda' is not valid: torch sees no CUDA device here")
+    if train.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(train.device)
+
+
+def choose_autocast(train: TrainConfig, device: torch.device) -> Autocast:
+    """The context of every forward pass: bf16 matrix products on a GPU, fp32 on a CPU."""
+    bf16 = train.precision == "bf16" or (train.precision == "auto" and device.type == "cuda")
+    if bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(f"train.precision = 'bf16' is not valid on {name}: set it to 'fp32'")
+    return lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+def build_model(config: Config, device: torch.device) -> AudiovisualMAE:
+    """The model as the run's seed initialises it: the same on every device."""
+    torch.manual_seed(config.train.seed)
+    model = AudiovisualMAE(config.model)
+    set_checkpoint(model, config.train.activation_checkpoint)
+    return model.to(device)

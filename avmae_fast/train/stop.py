@@ -1,0 +1,44 @@
+"""Ctrl-C and SIGTERM end a run after the step in hand, with a checkpoint."""
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any, Self
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
+STOPPED = 75  # EX_TEMPFAIL: stopped in good order, to be run again
+
+
+class StopRequest:
+    """While entered, the first SIGINT or SIGTERM sets `exit_code`; a second Ctrl-C exits at once.
+
+    Only the main thread of a program can catch signals: elsewhere nothing is ever requested.
+
+    exit_code: what the program should exit with, None while nobody has asked it to stop.
+    """
+
+    def __init__(self) -> None:
+        self.exit_code: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._on) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _on(self, number: int, frame: FrameType | None) -> None:
+        if self.exit_code is not None and number == signal.SIGINT:
+            os._exit(INTERRUPTED)
+        if self.exit_code is None:
+            self.exit_code = INTERRUPTED if number == signal.SIGINT else STOPPED
+            name = signal.Signals(number).name
+            again = "; Ctrl-C again exits at once" if number == signal.SIGINT else ""
+            # os.write: a handler may have interrupted a print.
+            text = f"\n{name}: finishing this step, then writing a checkpoint{again}\n"
+            os.write(2, text.encode())

@@ -1,0 +1,244 @@
+"""The shipped configurations of the attention kernels, and what their binaries must show.
+
+Every one compiles for sm_80 and sm_90 with no register spilled, under Triton 3.6 and its ptxas
+12.8. None is chosen by timing: none has been timed yet. Short sequences, of at most SHORT keys,
+get tiles of 64 queries, of which 306 tokens fill 0.96 (of 128 only 0.80); long ones 128, which
+read keys and values half as often. What is too large for the registers of an architecture has
+smaller tiles there.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from avmae_kernels._resources import CompileCase
+from avmae_kernels.attention_backward import backward_kv_kernel, backward_q_kernel
+from avmae_kernels.attention_forward import forward_kernel, short_blocks, short_forward_kernel
+from avmae_kernels.attention_layout import (
+    MAX_HEAD_DIM,
+    SHORT,
+    Sequences,
+    Tile,
+    kernel_constants,
+    slot_owners_kernel,
+)
+
+# By architecture, then by the largest head_dim that an entry serves.
+FORWARD = {
+    80: {
+        32: Tile(128, 64, 8),
+        64: Tile(64, 64, 4),
+        80: Tile(64, 64, 4),
+        96: Tile(64, 64, 4),
+        128: Tile(64, 64, 4),
+    },
+    90: {
+        32: Tile(128, 64, 8),
+        64: Tile(128, 64, 8),
+        80: Tile(128, 64, 8),
+        96: Tile(128, 64, 8),
+        128: Tile(128, 64, 8),
+    },
+}
+FORWARD_SHORT = {
+    80: FORWARD[80] | {32: Tile(64, 64, 4)},
+    90: {
+        32: Tile(64, 64, 4, resident=True),
+        64: Tile(64, 64, 4, resident=True),
+        80: Tile(64, 64, 4, num_stages=1, resident=True),
+        96: Tile(64, 64, 4),
+        128: Tile(64, 64, 4),
+    },
+}
+BACKWARD_Q = {
+    80: {
+        32: Tile(64, 64, 4),
+        64: Tile(64, 64, 4),
+        80: Tile(64, 32, 4),
+        96: Tile(64, 32, 4),
+        128: Tile(128, 32, 8),
+    },
+    90: {
+        32: Tile(128, 64, 8),
+        64: Tile(128, 64, 8),
+        80: Tile(64, 64, 4),
+        96: Tile(64, 64, 4),
+        128: Tile(64, 64, 4),
+    },
+}
+BACKWARD_Q_SHORT = {
+    80: BACKWARD_Q[80],
+    90: BACKWARD_Q[90] | {32: Tile(64, 64, 4), 64: Tile(64, 64, 4)},
+}
+BACKWARD_KV = {
+    80: {
+        32: Tile(64, 64, 4),
+        64: Tile(32, 64, 4),
+        80: Tile(32, 64, 4),
+        96: Tile(16, 64, 4),
+        128: Tile(32, 64, 8),
+    },
+    90: {
+        32: Tile(64, 64, 4),
+        64: Tile(64, 64, 4),
+        80: Tile(64, 64, 4),
+        96: Tile(32, 64, 4),
+        128: Tile(32, 64, 4),
+    },
+}
+# float32 multiplies without tensor cores (with them if torch allows tf32), out of registers.
+FLOAT32 = {64: Tile(32, 32, 8, 1), 80: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1)}
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """Whose configurations a device gets: 90 on Hopper; 80, which ask for less, on all others."""
+    on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return 90 if on_hopper else 80
+
+
+def forward_tile(q: Tensor, k: Tensor, seqs: Sequences) -> Tile:
+    """The configuration of the forward pass."""
+    return _forward(architecture(q.device), q.shape[-1], q.dtype, _length(k, seqs), seqs.fixed)
+
+
+def backward_tiles(q: Tensor, k: Tensor, seqs: Sequences) -> tuple[Tile, Tile]:
+    """The configurations of the dQ kernel and of the dK, dV kernel."""
+    return _backward(architecture(q.device), q.shape[-1], q.dtype, _length(k, seqs))
+
+
+def _forward(
+    arch: int, head_dim: int, dtype: torch.dtype, length: int, fixed: tuple[int, int] | None
+) -> Tile:
+    if dtype == torch.float32:
+        return _by_head_dim(FLOAT32, head_dim)
+    if length > SHORT:
+        return _by_head_dim(FORWARD[arch], head_dim)
+    tile = _by_head_dim(FORWARD_SHORT[arch], head_dim)
+    # Only a fixed length tells how much has to stay on chip.
+    return tile if fixed else dataclasses.replace(tile, num_stages=2, resident=False)
+
+
+def _backward(arch: int, head_dim: int, dtype: torch.dtype, length: int) -> tuple[Tile, Tile]:
+    if dtype == torch.float32:
+        tile = _by_head_dim(FLOAT32, head_dim)
+        return tile, tile
+    of_q = BACKWARD_Q_SHORT if length <= SHORT else BACKWARD_Q
+    return _by_head_dim(of_q[arch], head_dim), _by_head_dim(BACKWARD_KV[arch], head_dim)
+
+
+def _length(k: Tensor, seqs: Sequences) -> int:
+    """Keys of a sequence, on average where lengths vary: known without asking the device."""
+    return seqs.fixed[1] if seqs.fixed else len(k) // max(len(seqs.cu_kv) - 1, 1)
+
+
+def _by_head_dim(table: dict[int, Tile], head_dim: int) -> Tile:
+    for largest, tile in table.items():
+        if head_dim <= largest:
+            return tile
+    raise ValueError(f"attention kernels want head_dim up to {MAX_HEAD_DIM}, got {head_dim}")
+
+
+# Lengths of the AudioSet recipe: visible video, both modalities together, all tokens (decoder).
+_LENGTHS = (157, 306, 2064)
+_SHIPPED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    # dtype: head dims, and lengths, 0 for varying ones.
+    "bf16": ((32, 64, 80, 128), (0, *_LENGTHS)),
+    "fp16": ((64,), (0, 306)),
+    "fp32": ((32, 64, 80, 128), (0,)),
+}
+_ODD_HEAD_DIMS = (16, 24, 48, 72, 96)
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def compile_cases() -> list[CompileCase]:
+    """The shipped configurations, and heads of other sizes that run by them."""
+    cases = [
+        CompileCase(
+            op="slot_owners",
+            config="any",
+            kernel=slot_owners_kernel,
+            arch=arch,
+            signature={"cu_ptr": "*i32", "owners_ptr": "*i32", "S": "i32", "slots": "i32"},
+            constexprs={"BLOCK": 64},
+            num_warps=1,
+            wide_loads=False,
+            wide_stores=False,
+        )
+        for arch in FORWARD
+    ]
+    for arch in FORWARD:
+        for dtype, (head_dims, lengths) in _SHIPPED.items():
+            for head_dim in head_dims:
+                for length in lengths:
+                    cases += _cases(arch, dtype, head_dim, length)
+        for head_dim in _ODD_HEAD_DIMS:
+            cases += _cases(arch, "bf16", head_dim, 0)
+    return cases
+
+
+def _cases(arch: int, dtype: str, head_dim: int, length: int) -> Iterator[CompileCase]:
+    """The kernels of one head_dim and length; varying lengths (0) as short ones and as long."""
+    fixed = (length, length) if length else None
+    kind = _DTYPES[dtype]
+    for mean in (length,) if length else (SHORT, SHORT + 1):
+        tile = _forward(arch, head_dim, kind, mean, fixed)
+        q_tile, kv_tile = _backward(arch, head_dim, kind, mean)
+        name = f"{dtype} d{head_dim} " + (f"length {length}" if length else _CLASSES[mean <= SHORT])
+        forward = short_forward_kernel if tile.resident else forward_kernel
+        for kernel, shape in (
+            (forward, tile),
+            (backward_q_kernel, q_tile),
+            (backward_kv_kernel, kv_tile),
+        ):
+            yield _case(kernel, arch, dtype, head_dim, fixed, shape, name)
+
+
+_CLASSES = {True: "varying, short", False: "varying, long"}
+
+
+def _case(
+    kernel: Any,
+    arch: int,
+    dtype: str,
+    head_dim: int,
+    fixed: tuple[int, int] | None,
+    tile: Tile,
+    name: str,
+) -> CompileCase:
+    constants: dict[str, Any] = kernel_constants(head_dim, _DTYPES[dtype], fixed)
+    constants["BLOCK_M"] = tile.block_m
+    if tile.resident:
+        assert fixed is not None
+        constants["BLOCKS_N"] = short_blocks(fixed[1], tile.block_n)
+    else:
+        constants["BLOCK_N"] = tile.block_n
+    signature = {
+        argument: _argument_type(argument, dtype)
+        for argument in kernel.arg_names
+        if argument not in constants
+    }
+    return CompileCase(
+        op="packed_attention",
+        config=f"{name} {tile.block_m}x{tile.block_n}",
+        kernel=kernel,
+        arch=arch,
+        signature=signature,
+        constexprs=constants,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        aligned=tuple(a for a in signature if a.endswith(("_ptr", "_stride"))),
+        tensor_cores=dtype != "fp32",
+    )
+
+
+def _argument_type(argument: str, dtype: str) -> str:
+    if not argument.endswith("_ptr"):
+        return "i32"
+    if argument in ("cu_q_ptr", "cu_kv_ptr", "owners_ptr"):
+        return "*i32"
+    return "*fp32" if argument in ("lse_ptr", "statistics_ptr") else f"*{dtype}"

@@ -1,0 +1,167 @@
+"""Checkpoints are whole or absent, verified, never overwritten, and pruned with care."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from avmae_fast.train import checkpoint
+from avmae_fast.train.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    newest_verified,
+    read_state,
+    save_checkpoint,
+    set_aside,
+    steps_saved,
+)
+from avmae_fast.train.optim import ReleasedAdamW, parameter_groups
+
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+
+
+@pytest.fixture
+def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model and an optimiser that have made three steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    optimizer = ReleasedAdamW(parameter_groups(model), lr=0.1)
+    for _ in range(3):
+        _train_step(model, optimizer)
+    return model, optimizer
+
+
+def _train_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    x = torch.linspace(-1, 1, 8).reshape(2, 4)
+    optimizer.zero_grad()
+    (model(x) - x[:, :3]).square().sum().backward()
+    optimizer.step()
+
+
+def _save(folder: Path, step: int, trained: tuple, keep: int = 2) -> Path:
+    return save_checkpoint(folder, step, *trained, {"samples": 4 * step}, keep)
+
+
+def _flip_bit(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_load_gives_back_weights_and_moments(tmp_path: Path, trained: tuple) -> None:
+    model, optimizer = trained
+    path = _save(tmp_path, 3, trained)
+    assert read_state(path)["step"] == 3 and read_state(path)["samples"] == 12
+
+    torch.manual_seed(1)
+    other = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    other_optimizer = ReleasedAdamW(parameter_groups(other), lr=0.1)
+    load_checkpoint(path, other, other_optimizer)
+    # One more step uses everything that was saved.
+    _train_step(model, optimizer)
+    _train_step(other, other_optimizer)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        for key, value in optimizer.state[a].items():
+            assert torch.equal(value, other_optimizer.state[b][key]), key
+
+
+def test_moments_go_by_name_not_by_order(tmp_path: Path, trained: tuple) -> None:
+    path = _save(tmp_path, 3, trained)
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    groups = [{"params": list(reversed(list(model.parameters())))}]
+    optimizer = ReleasedAdamW(groups, lr=0.1)
+    load_checkpoint(path, model, optimizer)
+    for (name, a), b in zip(trained[0].named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(trained[1].state[a]["exp_avg"], optimizer.state[b]["exp_avg"]), name
+
+
+@pytest.mark.parametrize("name", [*FILES, "MANIFEST.json"])
+def test_flipped_bit_refuses_the_newest(tmp_path: Path, trained: tuple, name: str) -> None:
+    older, newer = _save(tmp_path, 1, trained), _save(tmp_path, 2, trained)
+    size = (newer / name).stat().st_size
+    _flip_bit(newer / name, size // 2)
+    found, refused = newest_verified(tmp_path)
+    assert found == older
+    assert [item.path for item in refused] == [newer]
+    # A manifest that names a wrong checksum blames the file.
+    assert name == "MANIFEST.json" or name in refused[0].reason
+
+
+@pytest.mark.parametrize("name", [*FILES, "MANIFEST.json"])
+@pytest.mark.parametrize("fault", ["missing", "truncated"])
+def test_missing_or_cut_file_is_refused(
+    tmp_path: Path, trained: tuple, name: str, fault: str
+) -> None:
+    path = _save(tmp_path, 1, trained)
+    if fault == "missing":
+        (path / name).unlink()
+    else:
+        (path / name).write_bytes((path / name).read_bytes()[:-20])
+    found, refused = newest_verified(tmp_path)
+    assert found is None and len(refused) == 1
+
+
+def test_never_overwrites(tmp_path: Path, trained: tuple) -> None:
+    path = _save(tmp_path, 1, trained)
+    before = (path / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="step-00000001.*never overwritten"):
+        _save(tmp_path, 1, trained)
+    assert (path / "model.safetensors").read_bytes() == before
+
+
+def test_keeps_the_newest_that_verify(tmp_path: Path, trained: tuple) -> None:
+    for step in (1, 2, 3):
+        _save(tmp_path, step, trained)
+    assert [step for step, _ in steps_saved(tmp_path)] == [3, 2]
+    _flip_bit(tmp_path / "step-00000003" / "model.safetensors", 100)
+    _save(tmp_path, 4, trained)
+    # 3 does not count, so 2 is the second newest good one.
+    assert [step for step, _ in steps_saved(tmp_path)] == [4, 3, 2]
+    _save(tmp_path, 5, trained)
+    assert [step for step, _ in steps_saved(tmp_path)] == [5, 4]
+
+
+def test_failed_write_leaves_nothing(
+    tmp_path: Path, trained: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _save(tmp_path, 1, trained)
+
+    def disk_full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "fsync", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        _save(tmp_path, 2, trained)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_interrupted_write_is_cleared_away(tmp_path: Path, trained: tuple) -> None:
+    leftover = tmp_path / ".partial-step-00000002"
+    leftover.mkdir()
+    (leftover / "model.safetensors").write_bytes(b"half")
+    assert newest_verified(tmp_path) == (None, [])
+    _save(tmp_path, 2, trained)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_refused_ones_are_set_aside(tmp_path: Path, trained: tuple) -> None:
+    for _ in range(2):
+        path = _save(tmp_path, 1, trained)
+        (path / "state.json").unlink()
+        set_aside(newest_verified(tmp_path)[1])
+    assert {entry.name for entry in tmp_path.iterdir()} == {
+        "refused-step-00000001",
+        "refused-2-step-00000001",
+    }
+
+
+def test_other_format_is_refused(tmp_path: Path, trained: tuple) -> None:
+    path = _save(tmp_path, 1, trained)
+    state = json.loads((path / "state.json").read_text())
+    state |= {"format": 99, "versions": {"avmae_fast": "7.0"}}
+    (path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match="format 99.*use avmae_fast 7.0"):
+        read_state(path)
