@@ -6,11 +6,12 @@ DEMO ?= demo
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-slow lint format install clean
+.PHONY: help demo test test-slow gpu lint format install clean
 
 help:
 	@echo "make demo    make synthetic clips, pretrain on them for some minutes, write a report"
 	@echo "make test    run the tests"
+	@echo "make gpu     run the tests of the kernels on this machine's GPU"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove the virtual environment, build products and the demo's files"
 
@@ -36,6 +37,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
+
+# Runs in the environment of PYTHON as it is: a GPU machine brings its own torch and Triton.
+gpu:
+	PYTHONPATH=.:kernels AVMAE_REQUIRE_GPU=1 $(PYTHON) -m pytest -m gpu tests/gpu $(TEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

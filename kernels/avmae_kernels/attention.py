@@ -37,6 +37,8 @@ from avmae_kernels.attention_meaning import (
 )
 from avmae_kernels.attention_tiles import backward_tiles, compile_cases, forward_tile
 
+MAX_STRIDE = 2**24
+
 __all__ = [
     "compile_cases",
     "packed_attention",
@@ -316,6 +318,9 @@ def _check_heads(op: str, **got: Tensor) -> None:
             raise wanted(op, "floating-point heads of at least one channel", **got)
         if (d > 1 and x.stride(-1) != 1) or (H > 1 and x.stride(-2) != d):
             raise wanted(op, f"each token's [H, d] contiguous, strides are {x.stride()}", **got)
+        # Within a tile, of at most 128 tokens, kernels count in 32 bits.
+        if x.stride(0) >= MAX_STRIDE:
+            raise wanted(op, f"tokens less than {MAX_STRIDE} elements apart", **got)
 
 
 def _check_offsets(op: str, x: Tensor, offsets: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from avmae_kernels._check import wanted
 from avmae_kernels._column_sums import PROGRAMS, add_partials, partial_count
-from avmae_kernels._library import define, register_backward
+from avmae_kernels._library import define, eager_float32_on_cpu, register_backward
 from avmae_kernels._resources import CompileCase
 from avmae_kernels._tiles import column_block
 from avmae_kernels._triton import tl, triton
@@ -285,4 +285,6 @@ def bias_gelu(z: Tensor, bias: Tensor, approximate: Approximation = "tanh") -> T
         raise wanted("bias_gelu", "z of a float dtype, contiguous", z=z)
     if approximate not in _TORCH_NAME:
         raise ValueError(f"bias_gelu wants approximate 'tanh' or 'erf', got {approximate!r}")
+    if eager_float32_on_cpu(z, bias):
+        return bias_gelu_reference(z, bias, approximate)
     return _bias_gelu(z, bias, approximate)

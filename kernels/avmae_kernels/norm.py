@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from avmae_kernels import norm_kernels
 from avmae_kernels._check import wanted
-from avmae_kernels._library import define, register_backward
+from avmae_kernels._library import define, eager_float32_on_cpu, register_backward
 
 MAX_WIDTH = 2048
 _Forward = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -266,6 +266,11 @@ def add_layer_norm(
     dtype = x.dtype if update is None else torch.promote_types(x.dtype, update.dtype)
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
+    if eager_float32_on_cpu(x, update, update_bias, row_scale, weight, bias):
+        total, y = add_layer_norm_reference(
+            x, update, weight, bias, eps, update_bias=update_bias, row_scale=row_scale
+        )
+        return total, y.to(dtype)
     total, y, _, _ = _add_layer_norm(x, update, update_bias, row_scale, weight, bias, eps, dtype)
     return (x if update is None else total), y
 

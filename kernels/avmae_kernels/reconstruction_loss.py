@@ -122,11 +122,19 @@ def _targets(view: ClipView, scored: Tensor, norm: TargetNorm, dtype: torch.dtyp
         unit = 1.0
         groups.sub_(groups.mean(-2, keepdim=True))
     degrees = max(count - 1, 1) if norm in UNBIASED else count
-    deviation = torch.linalg.vector_norm(groups, dim=-2, keepdim=True).mul_(unit / degrees**0.5)
+    variance = _sum_of_squares(groups, -2)[..., None, :].mul_(unit * unit / degrees)
     if norm == "videomae":
-        # Its epsilon is meant for pixels in [0, 1]; these are in [-1, 1].
-        return groups.mul_(unit / (deviation + 2 * TARGET_EPS)).flatten(-2)
-    return groups.mul_(unit / (deviation.square() + TARGET_EPS).sqrt()).flatten(-2)
+        return groups.mul_(unit / (variance.sqrt() + 2 * TARGET_EPS)).flatten(-2)
+    return groups.mul_(unit / (variance + TARGET_EPS).sqrt()).flatten(-2)
+
+
+def _sum_of_squares(x: Tensor, dim: int) -> Tensor:
+    # A norm makes no tensor of squares, but adds them up one by one: in blocks of 64, so that a
+    # sum of thousands keeps the accuracy of PyTorch's own.
+    if x.shape[dim] % 64:
+        return x.square().sum(dim)
+    blocks = x.unflatten(dim, (-1, 64))
+    return torch.linalg.vector_norm(blocks, dim=dim).square().sum(dim)
 
 
 def _meaning(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,7 +146,7 @@ def _meaning(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     weight = pred.new_ones(B, dtype=wide) if valid is None else valid.to(wide)
     if valid is not None:
         difference.masked_fill_((weight == 0)[:, None, None], 0.0)
-    error_B = torch.linalg.vector_norm(difference, dim=-1).square().sum(1)
+    error_B = _sum_of_squares(difference, -1).sum(1)
     count = (weight.sum() * S + COUNT_EPS) * (P if mean_over_patch else 1)
     kept = difference.to(pred.dtype) if with_gradient else pred.new_empty(0)
     return (error_B * weight).sum() / count, kept, 2 * weight / count

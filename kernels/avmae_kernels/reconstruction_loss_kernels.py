@@ -361,19 +361,23 @@ def compile_cases() -> list[CompileCase]:
                 min_blocks=8,
             )
         )
-    for arch in PROGRAMS:
-        pointers = ("error_ptr", "valid_ptr", "loss_ptr", "factor_ptr")
+    for arch, weighted in itertools.product(PROGRAMS, (False, True)):
+        pointers = ["error_ptr", "loss_ptr", "factor_ptr", *(["valid_ptr"] if weighted else [])]
         cases.append(
             CompileCase(
                 op="reconstruction_loss",
-                config="sum",
+                config="weighted sum" if weighted else "sum",
                 kernel=_total_kernel,
                 arch=arch,
                 signature={
                     **dict.fromkeys(pointers, "*fp32"),
                     **dict.fromkeys(("programs", "B", "S"), "i32"),
                 },
-                constexprs={"VALUES": 1536, "BLOCK": _TOTAL_BLOCK},
+                constexprs={
+                    "VALUES": 1536,
+                    "BLOCK": _TOTAL_BLOCK,
+                    **({} if weighted else {"valid_ptr": None}),
+                },
                 num_warps=_TOTAL_WARPS,
                 # One block on the whole GPU: what it reads is far too little to matter.
                 wide_loads=False,

@@ -1,0 +1,99 @@
+"""Write the tables of README.md from the saved results, so that no figure is typed.
+
+A table stands between `<!-- NAME -->` and `<!-- /NAME -->`. What no saved result holds says "not
+measured". `python -m benchmarks.tables` rewrites the file, `--check` only says whether it would.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+NOT_MEASURED = "not measured"
+
+Result = dict[str, Any]
+
+
+def newest(name: str) -> Result | None:
+    """The newest saved `results/*/NAME.json`, or None."""
+    found = [json.loads(path.read_text()) for path in RESULTS.glob(f"*/{name}.json")]
+    return max(found, key=lambda result: result["date"], default=None)
+
+
+def demo_table(result: Result | None) -> str:
+    rows = [("", "after the demo", "what it must beat")]
+    if result is None:
+        rows.append((NOT_MEASURED, NOT_MEASURED, NOT_MEASURED))
+        return _table(rows)
+    for m in ("video", "audio"):
+        mean = f"{result[f'{m}_mean_mse']:.3f}, the training set's mean at each position"
+        rows.append((f"squared error, masked {m} patches", f"{result[f'{m}_mse']:.3f}", mean))
+    probe = f"{result['probe_untrained']:.0%}, untrained (chance {result['probe_chance']:.0%})"
+    rows.append(("linear probe, 8 classes", f"{result['probe_trained']:.0%}", probe))
+    text = (
+        f"{result['held_out_clips']} held-out clips; {result['steps']:,} steps of a model of "
+        f"{result['parameters'] / 1e6:.1f} M parameters in {result['minutes']:.1f} minutes "
+    )
+    return f"{_table(rows)}\n\n{text}{_where(result)}."
+
+
+def masking_table(result: Result | None) -> str:
+    rows = [("1568 + 496 tokens", "µs a clip, one core")]
+    for label, key in (
+        ("`avmae_kernels.masking`", "us_per_clip"),
+        ("NumPy `argsort`", "numpy_us_per_clip"),
+        ("torch `rand().argsort()`", "torch_us_per_clip"),
+    ):
+        rows.append((label, NOT_MEASURED if result is None else f"{result[key]:.1f}"))
+    table = _table(rows)
+    return table if result is None else f"{table}\n\nMeasured {_where(result)}."
+
+
+TABLES: dict[str, Callable[[Result | None], str]] = {
+    "demo": demo_table,
+    "masking": masking_table,
+}
+
+
+def _where(result: Result) -> str:
+    machine = result["machine"]
+    return f"on {machine['cores']} cores of an {machine['processor']} ({result['date'][:10]})"
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    return "\n".join(lines)
+
+
+def filled(text: str) -> str:
+    """`text` with every table made from the newest results."""
+    for name, make in TABLES.items():
+        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not block.search(text):
+            raise ValueError(f"README.md has no block <!-- {name} --> ... <!-- /{name} -->")
+        table = make(newest(name))
+        text = block.sub(lambda match, t=table: f"{match[1]}{t}\n{match[2]}", text)  # type: ignore[misc]
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--check", action="store_true", help="exit with 1 if README.md is behind")
+    args = options.parse_args(argv)
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    new = filled(text)
+    if args.check:
+        return int(new != text)
+    readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
