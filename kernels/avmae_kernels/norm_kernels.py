@@ -234,25 +234,33 @@ def launch_backward(
 
 
 def compile_cases() -> list[CompileCase]:
-    """The shipped configurations: released and common widths, with everything switched on."""
+    """The shipped configurations: released and common widths, bare and with everything on."""
     narrow, wide = "*bf16", "*fp32"
-    # Dtypes of x, update, y, with the widths: a float32 stream under autocast, all of one kind.
-    kinds = {
-        "fp32+bf16": ((wide, narrow, narrow), (192, 384, 512, 768, 1024, 1280, 2048)),
-        "bf16": ((narrow, narrow, narrow), (384, 512, 768, 1024, 1280, 2048)),
-        "fp32": ((wide, wide, wide), (384, 768, 1280)),
-    }
+    # Dtypes of x, update and y; the first is a float32 stream under autocast.
+    mixed, bf16, fp32 = (wide, narrow, narrow), (narrow,) * 3, (wide,) * 3
+    some, common = (384, 768, 1280), (384, 512, 768, 1024, 1280, 2048)
+    kinds = [
+        ("fp32+bf16", mixed, False, (192, *common)),
+        ("fp32+bf16 bias, scale", mixed, True, some),
+        ("bf16", bf16, False, common),
+        ("fp32 bias, scale", fp32, True, some),
+    ]
     return [
-        make(arch, D, name, *kind)
+        make(arch, D, name, dtypes, options)
         for arch in PROGRAMS
-        for name, (kind, widths) in kinds.items()
+        for name, dtypes, options, widths in kinds
         for D in widths
         for make in (_forward_case, _backward_case)
     ]
 
 
-def _forward_case(arch: int, D: int, name: str, x: str, update: str, y: str) -> CompileCase:
+_Dtypes = tuple[str, ...]
+
+
+def _forward_case(arch: int, D: int, name: str, dtypes: _Dtypes, options: bool) -> CompileCase:
+    x, update, y = dtypes
     vectors = ("update_bias", "row_scale", "weight", "bias", "mean", "rstd")
+    flags = {"HAS_UPDATE": True, "HAS_UPDATE_BIAS": options, "HAS_ROW_SCALE": options}
     return CompileCase(
         op="add_layer_norm",
         config=f"D{D} {name}",
@@ -261,17 +269,22 @@ def _forward_case(arch: int, D: int, name: str, x: str, update: str, y: str) -> 
         signature={"x_ptr": x, "update_ptr": update, "total_ptr": x, "y_ptr": y}
         | {f"{vector}_ptr": "*fp32" for vector in vectors}
         | {"T": "i32", "eps": "fp32"},
-        constexprs={"D": D, **_forward_tile(D)}
-        | dict.fromkeys(("HAS_UPDATE", "HAS_UPDATE_BIAS", "HAS_ROW_SCALE"), True),
+        constexprs={"D": D, **_forward_tile(D), **flags},
         num_warps=_warps(D)[0],
         min_blocks=8,
     )
 
 
-def _backward_case(arch: int, D: int, name: str, x: str, update: str, y: str) -> CompileCase:
+def _backward_case(arch: int, D: int, name: str, dtypes: _Dtypes, options: bool) -> CompileCase:
+    x, update, y = dtypes
     vectors = ("mean", "rstd", "weight", "row_scale", "partial")
     matrices = {"grad_y": y, "grad_total": x, "total": x, "grad_x": x, "grad_update": update}
-    flags = ("HAS_GRAD_TOTAL", "HAS_ROW_SCALE", "WRITES_UPDATE", "HAS_UPDATE_BIAS")
+    flags = {
+        "HAS_GRAD_TOTAL": True,
+        "HAS_ROW_SCALE": options,
+        "WRITES_UPDATE": options or update != x,
+        "HAS_UPDATE_BIAS": options,
+    }
     warps = _warps(D)[1]
     return CompileCase(
         op="add_layer_norm",
@@ -281,7 +294,7 @@ def _backward_case(arch: int, D: int, name: str, x: str, update: str, y: str) ->
         signature={f"{matrix}_ptr": kind for matrix, kind in matrices.items()}
         | {f"{vector}_ptr": "*fp32" for vector in vectors}
         | {"T": "i32"},
-        constexprs={"D": D, **_backward_tile(D), **dict.fromkeys(flags, True)},
+        constexprs={"D": D, **_backward_tile(D), **flags},
         num_warps=warps,
         maxnreg=_BACKWARD_REGISTERS,
         # All programs run at once, whatever the width: none is left for a second round.

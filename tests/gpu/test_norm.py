@@ -3,7 +3,7 @@
 import pytest
 import torch
 from budgets import assert_matches_meaning
-from norm_cases import SHAPES, VARIANTS, norm_inputs, plain_add_layer_norm
+from norm_cases import SMALL_SHAPES, VARIANTS, WIDE_SHAPES, norm_inputs, plain_add_layer_norm
 
 from avmae_kernels.norm import add_layer_norm, add_layer_norm_reference
 
@@ -14,7 +14,7 @@ LARGE = [(157, 768), (306, 1024), (2064, 384), (2064, 512), (5000, 1280)]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
+@pytest.mark.parametrize("shape", SMALL_SHAPES + WIDE_SHAPES + LARGE, ids=str)
 def test_matches_meaning(shape: tuple[int, int], variant: str, dtype: torch.dtype) -> None:
     inputs, differentiable = norm_inputs(*shape, variant, dtype, "cuda")
     assert_matches_meaning(

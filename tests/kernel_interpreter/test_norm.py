@@ -5,7 +5,7 @@ import torch
 from budgets import assert_matches_meaning
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from norm_cases import SHAPES, VARIANTS, norm_inputs, plain_add_layer_norm
+from norm_cases import SMALL_SHAPES, VARIANTS, WIDE_SHAPES, norm_inputs, plain_add_layer_norm
 
 from avmae_kernels.norm import add_layer_norm, add_layer_norm_reference
 
@@ -22,18 +22,22 @@ def _check(T: int, D: int, variant: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SMALL_SHAPES, ids=str)
 def test_matches_meaning(shape: tuple[int, int], variant: str) -> None:
     _check(*shape, variant, torch.float32)
 
 
+@pytest.mark.parametrize("shape", WIDE_SHAPES, ids=str)
+def test_matches_meaning_at_every_block_size(shape: tuple[int, int]) -> None:
+    _check(*shape, "bias and scale", torch.float32)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shape", [(7, 384), (3, 1280)], ids=str)
-def test_matches_meaning_in_float16(shape: tuple[int, int], variant: str) -> None:
-    _check(*shape, variant, torch.float16)
+def test_matches_meaning_in_float16(variant: str) -> None:
+    _check(7, 384, variant, torch.float16)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, database=None,
+@settings(max_examples=15, deadline=None, derandomize=True, database=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 @given(st.integers(0, 40), st.integers(2, 300), st.sampled_from(list(VARIANTS)))
 def test_any_shape(T: int, D: int, variant: str) -> None:
