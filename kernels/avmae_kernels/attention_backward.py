@@ -18,6 +18,7 @@ from avmae_kernels.attention_layout import (
     inner_products,
     kernel_constants,
     load_head,
+    load_statistics,
     slot_count,
     statistics_row,
     store_head,
@@ -35,7 +36,7 @@ def backward_q_kernel(
     v_ptr,  # [T, H, d], rows kv_stride apart
     out_ptr,  # [Q, H, d], rows grad_stride apart
     lse_ptr,  # [H, slots * 128] fp32
-    statistics_ptr,  # [H, slots * 128, 2] fp32: lse and delta side by side, written here
+    delta_ptr,  # [H, slots * 128] fp32, written here
     grad_q_ptr,  # [Q, H, d], rows grad_q_stride apart
     cu_q_ptr,  # [S + 1] int32
     cu_kv_ptr,  # [S + 1] int32
@@ -81,11 +82,7 @@ def backward_q_kernel(
         delta += tl.sum(g[1].to(tl.float32) * out[1].to(tl.float32), 1)
     entry = h.to(tl.int64) * slots * 128 + statistics_row(s, q_start, FIXED_Q) + row
     lse = tl.load(lse_ptr + entry + m, mask=in_q, other=float("inf"))
-    # Stored past the end of the sequence as well: to the second kernel, which reads whole blocks,
-    # an infinite log-sum-exp says that such a row has no weight.
-    pair = statistics_ptr + 2 * (entry + m)
-    tl.store(pair, lse)
-    tl.store(pair + 1, delta)
+    tl.store(delta_ptr + entry + m, delta, mask=in_q)
 
     grad_q = zero_head(BLOCK_M, LOW, HIGH)
     # As in the forward pass: the one block of keys that may be short goes first.
@@ -128,7 +125,8 @@ def backward_kv_kernel(
     q_ptr,  # [Q, H, d], rows q_stride apart
     k_ptr,  # [T, H, d], rows kv_stride apart
     v_ptr,  # [T, H, d], rows kv_stride apart
-    statistics_ptr,  # [H, slots * 128, 2] fp32: lse and delta side by side
+    lse_ptr,  # [H, slots * 128] fp32
+    delta_ptr,  # [H, slots * 128] fp32
     grad_k_ptr,  # [T, H, d], rows grad_kv_stride apart
     grad_v_ptr,  # [T, H, d], rows grad_kv_stride apart
     cu_q_ptr,  # [S + 1] int32
@@ -169,7 +167,7 @@ def backward_kv_kernel(
     v = load_head(v_ptr + kv_first, kv_stride, n, in_kv, HEAD_DIM, LOW, HIGH, True)
     q_ptr += q_start.to(tl.int64) * q_stride + h * HEAD_DIM
     grad_ptr += q_start.to(tl.int64) * grad_stride + h * HEAD_DIM
-    statistics_ptr += 2 * (h.to(tl.int64) * slots * 128 + statistics_row(s, q_start, FIXED_Q))
+    entry = h.to(tl.int64) * slots * 128 + statistics_row(s, q_start, FIXED_Q)
 
     grad_k, grad_v = zero_head(BLOCK_N, LOW, HIGH), zero_head(BLOCK_N, LOW, HIGH)
     MASKED: tl.constexpr = FIXED_Q == 0 or FIXED_Q % BLOCK_M != 0
@@ -179,16 +177,16 @@ def backward_kv_kernel(
         grad_first = grad_ptr + tl.cast(start, tl.int64) * grad_stride
         q = load_head(q_first, q_stride, m, in_q, HEAD_DIM, LOW, HIGH, MASKED)
         g = load_head(grad_first, grad_stride, m, in_q, HEAD_DIM, LOW, HIGH, MASKED)
-        # One load of both statistics: of one alone, with fewer elements than threads, Triton 3.6
-        # makes every thread fetch all it needs, 16 loads of 4 bytes each.
-        pair = 2 * (start + m[:, None]) + tl.arange(0, 2)[None, :]
-        lse, delta = tl.split(tl.load(statistics_ptr + pair))
         # All is kept transposed, keys by queries: no product then needs a transposed result, the
         # pattern that Triton 3.4 to 3.7 miscompiles on sm_90.
         s_NM = inner_products(k, q, PRECISION)
+        # Rows past the end are zeros, statistics included: they weigh 1, and add nothing.
+        lse = load_statistics(lse_ptr + entry + start, m, in_q, MASKED)
         p_NM = tl.math.exp2(s_NM * SCALE_LOG2 - lse[None, :])
         grad_v = add_product(grad_v, p_NM.to(g[0].dtype), g, PRECISION)
         dp_NM = inner_products(v, g, PRECISION)
+        # Loaded as late as it is needed, for the sake of registers.
+        delta = load_statistics(delta_ptr + entry + start, m, in_q, MASKED)
         ds_NM = p_NM * (dp_NM - delta[None, :])
         grad_k = add_product(grad_k, ds_NM.to(q[0].dtype), q, PRECISION)
 
@@ -218,9 +216,7 @@ def launch_backward(
     grad_q, grad_k, grad_v = grads
     q_tile, kv_tile = tiles
     slots = slot_count(Q, S, fixed and fixed[0])
-    # The second kernel reads statistics in whole blocks: the first must have written them so.
-    assert q_tile.block_m % kv_tile.block_m == 0
-    statistics = torch.empty(H, slots * SLOT, 2, dtype=torch.float32, device=q.device)
+    delta = torch.empty(H, slots * SLOT, dtype=torch.float32, device=q.device)
     constants = kernel_constants(d, q.dtype, fixed)
     if fixed is None:
         q_tiles = slots * (SLOT // q_tile.block_m)
@@ -230,7 +226,7 @@ def launch_backward(
         kv_tiles = S * -(-fixed[1] // kv_tile.block_n)
     if Q * H > 0:
         backward_q_kernel[(q_tiles * H,)](
-            grad, q, k, v, out, lse, statistics, grad_q, cu_q, cu_kv,
+            grad, q, k, v, out, lse, delta, grad_q, cu_q, cu_kv,
             cu_q if owners_q is None else owners_q,
             grad.stride(0), q.stride(0), k.stride(0), grad_q.stride(0), H, S, Q, slots,
             **constants, BLOCK_M=q_tile.block_m, BLOCK_N=q_tile.block_n,
@@ -238,7 +234,7 @@ def launch_backward(
         )  # fmt: skip
     if T * H > 0:
         backward_kv_kernel[(kv_tiles * H,)](
-            grad, q, k, v, statistics, grad_k, grad_v, cu_q, cu_kv,
+            grad, q, k, v, lse, delta, grad_k, grad_v, cu_q, cu_kv,
             cu_kv if owners_kv is None else owners_kv,
             grad.stride(0), q.stride(0), k.stride(0), grad_k.stride(0), H, S, T, slots,
             **constants, BLOCK_M=kv_tile.block_m, BLOCK_N=kv_tile.block_n,

@@ -215,6 +215,23 @@ def _store_columns(ptr, stride, rows, valid, tile, FIRST: tl.constexpr, HEAD_DIM
 
 
 @triton.jit
+def load_statistics(ptr, rows, valid, MASKED: tl.constexpr):
+    """One fp32 number for each row; zero, if MASKED, where a row is not `valid`."""
+    if rows.shape[0] < 64:
+        values = tl.load(ptr + rows, mask=valid, other=0.0)
+    else:
+        # Loaded twice, side by side: of a tensor with fewer elements than threads, Triton 3.6
+        # makes every thread fetch all that it will need, 16 loads of 4 bytes instead of one.
+        twice = rows[:, None] + tl.zeros([1, 2], tl.int32)
+        if MASKED:
+            both = tl.load(ptr + twice, mask=valid[:, None], other=0.0)
+        else:
+            both = tl.load(ptr + twice)
+        values, _ = tl.split(both)
+    return values
+
+
+@triton.jit
 def zero_head(ROWS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
     """An fp32 accumulator for rows of one head."""
     low = tl.zeros([ROWS, LOW], tl.float32)
