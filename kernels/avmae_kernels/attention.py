@@ -5,10 +5,11 @@ Source: softmax(q k^T / sqrt(d)) v of arXiv:1706.03762, for sequences laid end t
 is the rows cu_seqlens[s] .. cu_seqlens[s + 1]. Rows past the last sequence, and queries of a
 sequence without keys, give zeros and get none but zero gradients.
 
-Kernels: attention_forward, attention_backward, on the slots of attention_layout. Other back ends
-and the choice between them: attention_backends. This file: the meaning, the operations, and the
-public functions. The log-sum-exp that an operation returns beside its output is for its gradient
-alone: [H, slots * 128], in powers of two, laid out by slot.
+Here are the operations and the public functions. What they mean: attention_meaning. Kernels:
+attention_forward and attention_backward, on the slots of attention_layout, in the configurations of
+attention_tiles. Other back ends, and the choice between them: attention_backends. The log-sum-exp
+that an operation returns beside its output is for its gradient alone: [H, slots * 128], in powers
+of two, laid out by slot.
 """
 
 from collections.abc import Callable
@@ -37,8 +38,6 @@ from avmae_kernels.attention_meaning import (
 )
 from avmae_kernels.attention_tiles import backward_tiles, compile_cases, forward_tile
 
-MAX_STRIDE = 2**24
-
 __all__ = [
     "compile_cases",
     "packed_attention",
@@ -47,6 +46,8 @@ __all__ = [
     "slot_owners",
 ]
 
+# Within a tile, of at most 128 tokens, kernels count elements in 32 bits.
+MAX_STRIDE = 2**24
 
 slot_owners = define(
     "slot_owners(Tensor cu_seqlens, SymInt tokens) -> Tensor",
@@ -58,19 +59,6 @@ slot_owners = define(
 
 def _forward_kernels(q: Tensor, k: Tensor, v: Tensor, seqs: Sequences) -> tuple[Tensor, Tensor]:
     return launch_forward(q, k, v, seqs, forward_tile(q, k, seqs))
-
-
-def _backward_kernels(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    seqs: Sequences,
-    grads: tuple[Tensor, Tensor, Tensor],
-) -> None:
-    launch_backward(grad, q, k, v, out, lse, seqs, grads, backward_tiles(q, k, seqs))
 
 
 def _fake_output(q: Tensor, cu_q: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
@@ -107,17 +95,29 @@ def _packed(forward: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]
     return run
 
 
-def _packed_backward(backward: Callable[..., None]) -> Callable[..., Any]:
-    def run(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *sequences: Any) -> Tensor:
-        grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-        q, k, v = qkv.unbind(1)
-        # A gradient may have any strides: that of a sum is one number in every place.
-        grad, out = grad.contiguous().view(q.shape), out.view(q.shape)
-        seqs = _self_sequences(*sequences)
-        backward(grad, q, k, v, out, lse, seqs, grad_qkv.unbind(1))
-        return grad_qkv
+def _packed_backward_meaning(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *sequences: Any
+) -> Tensor:
+    q, k, v = qkv.unbind(1)
+    heads = _as_heads(grad, q), q, k, v, _as_heads(out, q)
+    return torch.stack(backward_meaning(*heads, lse, _self_sequences(*sequences)), 1)
 
-    return run
+
+def _packed_backward_kernels(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *sequences: Any
+) -> Tensor:
+    grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    q, k, v = qkv.unbind(1)
+    heads = _as_heads(grad, q), q, k, v, _as_heads(out, q)
+    seqs = _self_sequences(*sequences)
+    launch_backward(*heads, lse, seqs, grad_qkv.unbind(1), backward_tiles(q, k, seqs))
+    return grad_qkv
+
+
+def _as_heads(x: Tensor, q: Tensor) -> Tensor:
+    """x [Q, H * d] in the shape of q. Copied if it is a gradient of other strides: that of a sum is
+    one number in every place."""
+    return x.contiguous().view(q.shape)
 
 
 _packed_attention = define(
@@ -130,8 +130,8 @@ _packed_attention = define(
 _packed_attention_backward = define(
     "packed_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens,"
     " Tensor? owners, SymInt? fixed_length) -> Tensor",
-    meaning=_packed_backward(backward_meaning),
-    kernels=_packed_backward(_backward_kernels),
+    meaning=_packed_backward_meaning,
+    kernels=_packed_backward_kernels,
     fake=lambda grad, qkv, *_: qkv.new_empty(qkv.shape),
 )
 
@@ -158,18 +158,26 @@ def _query(forward: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]:
     return run
 
 
-def _query_backward(backward: Callable[..., None]) -> Callable[..., Any]:
-    def run(
-        grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, *sequences: Any
-    ) -> tuple[Tensor, Tensor]:
-        grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        grad_kv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
-        grad, out = grad.contiguous().view(q.shape), out.view(q.shape)
-        seqs = _query_sequences(*sequences)
-        backward(grad, q, *kv.unbind(1), out, lse, seqs, (grad_q, *grad_kv.unbind(1)))
-        return grad_q, grad_kv
+def _query_backward_meaning(
+    grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, *sequences: Any
+) -> tuple[Tensor, Tensor]:
+    k, v = kv.unbind(1)
+    heads = _as_heads(grad, q), q, k, v, _as_heads(out, q)
+    of_q, of_k, of_v = backward_meaning(*heads, lse, _query_sequences(*sequences))
+    return of_q.contiguous(), torch.stack([of_k, of_v], 1)
 
-    return run
+
+def _query_backward_kernels(
+    grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, *sequences: Any
+) -> tuple[Tensor, Tensor]:
+    grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    grad_kv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
+    k, v = kv.unbind(1)
+    heads = _as_heads(grad, q), q, k, v, _as_heads(out, q)
+    seqs = _query_sequences(*sequences)
+    grads = (grad_q, *grad_kv.unbind(1))
+    launch_backward(*heads, lse, seqs, grads, backward_tiles(q, k, seqs))
+    return grad_q, grad_kv
 
 
 _packed_query_attention = define(
@@ -183,8 +191,8 @@ _packed_query_attention_backward = define(
     "packed_query_attention_backward(Tensor grad, Tensor q, Tensor kv, Tensor out, Tensor lse,"
     " Tensor cu_q, Tensor cu_kv, Tensor? owners_q, Tensor? owners_kv, SymInt? q_length,"
     " SymInt? kv_length) -> (Tensor, Tensor)",
-    meaning=_query_backward(backward_meaning),
-    kernels=_query_backward(_backward_kernels),
+    meaning=_query_backward_meaning,
+    kernels=_query_backward_kernels,
     fake=lambda grad, q, kv, *_: (q.new_empty(q.shape), kv.new_empty(kv.shape)),
 )
 
@@ -297,14 +305,12 @@ def packed_query_attention(
     impl = resolve(impl, q, fixed_lengths)
     if impl != OWN:
         return attend(impl, q, k, v, cu_q, cu_kv, fixed_lengths).flatten(1)
+    owners_q, owners_kv = owners
     if fixed_lengths is None and _runs_kernels(q):
-        mine = owners
-        owners = (
-            slot_owners(cu_q, q.shape[0]) if mine[0] is None else mine[0],
-            slot_owners(cu_kv, kv.shape[0]) if mine[1] is None else mine[1],
-        )
+        owners_q = slot_owners(cu_q, q.shape[0]) if owners_q is None else owners_q
+        owners_kv = slot_owners(cu_kv, kv.shape[0]) if owners_kv is None else owners_kv
     lengths = fixed_lengths or (None, None)
-    return _packed_query_attention(q, kv, cu_q, cu_kv, *owners, *lengths)[0]
+    return _packed_query_attention(q, kv, cu_q, cu_kv, owners_q, owners_kv, *lengths)[0]
 
 
 def _runs_kernels(x: Tensor) -> bool:
@@ -318,7 +324,6 @@ def _check_heads(op: str, **got: Tensor) -> None:
             raise wanted(op, "floating-point heads of at least one channel", **got)
         if (d > 1 and x.stride(-1) != 1) or (H > 1 and x.stride(-2) != d):
             raise wanted(op, f"each token's [H, d] contiguous, strides are {x.stride()}", **got)
-        # Within a tile, of at most 128 tokens, kernels count in 32 bits.
         if x.stride(0) >= MAX_STRIDE:
             raise wanted(op, f"tokens less than {MAX_STRIDE} elements apart", **got)
 

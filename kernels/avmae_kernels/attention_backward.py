@@ -5,6 +5,8 @@ of a tile. Source: arXiv:2307.08691, algorithm 2, as two passes: each output row
 the gradient is the same in every run. P = 2^(s * scale * log2(e) - lse) is built again in each.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -203,10 +205,10 @@ def launch_backward(
     out: Tensor,
     lse: Tensor,
     seqs: Sequences,
-    grads: tuple[Tensor, Tensor, Tensor],
+    grads: Sequence[Tensor],
     tiles: tuple[Tile, Tile],
 ) -> None:
-    """Write the gradients of q, k and v into `grads`, tensors shaped as they are.
+    """Write the gradients of q, k and v into the three `grads`, tensors shaped as they are.
 
     grad, out: [Q, H, d] contiguous. tiles: of the dQ kernel and of the dK, dV kernel.
     """

@@ -177,12 +177,17 @@ def _attend(
 @triton.jit
 def _finish(out_ptr, out_stride, lse_ptr, m, in_q, top, total, out, HEAD_DIM: tl.constexpr):
     """Write the normalised output and the log-sum-exp of the rows m."""
-    # The largest score alone adds about 1 to the sum. Without keys it is 0, and so is the output;
-    # an infinite log-sum-exp keeps such a row out of the gradients.
-    floor = tl.maximum(total, 0.5)
-    lse = tl.where(total > 0, top + tl.math.log2(floor), float("inf"))
+    # Without keys the sum is 0, and so is the output; an infinite log-sum-exp keeps such a row out
+    # of the gradients. A NaN stays one.
+    no_keys = total == 0
+    total = tl.where(no_keys, 1.0, total)
+    lse = tl.where(no_keys, float("inf"), top + tl.math.log2(total))
     tl.store(lse_ptr + m, lse, mask=in_q)
-    store_head(out_ptr, out_stride, m, in_q, out, (1.0 / floor)[:, None], HEAD_DIM)
+    store_head(out_ptr, out_stride, m, in_q, out, (1.0 / total)[:, None], HEAD_DIM)
+
+
+# Four programs for each of the 132 processors of an H100; the result does not depend on it.
+_ENOUGH_PROGRAMS = 528
 
 
 def short_blocks(length: int, block: int) -> tuple[int, ...]:
@@ -225,7 +230,3 @@ def launch_forward(
         slots, **constants, BLOCK_N=tile.block_n, **options,
     )  # fmt: skip
     return out, lse
-
-
-# Four programs for each of the 132 processors of an H100; the result does not depend on it.
-_ENOUGH_PROGRAMS = 528

@@ -129,8 +129,8 @@ def find_tile(
         length = tl.load(cu_ptr + s + 1, mask=s < S, other=tokens) - start
         other_start = tl.load(other_cu_ptr + s)
         # The rows past the last sequence are a sequence that attends to nothing.
-        other_end = tl.load(other_cu_ptr + s + 1, mask=s < S, other=0)
-        other_length = tl.where(s < S, other_end - other_start, 0)
+        other_end = tl.load(other_cu_ptr + s + 1, mask=s < S, other=other_start)
+        other_length = other_end - other_start
         first_slot = start // ROWS_PER_SLOT + s
         row = (slot - first_slot) * ROWS_PER_SLOT + (tile % TILES_PER_SLOT) * BLOCK
     return s, start, length, row, other_start, other_length

@@ -39,9 +39,7 @@ def packed_attention_reference(
         elif run.q_length > 0:
             out = F.scaled_dot_product_attention(run.queries(q), run.keys(k), run.keys(v))
             parts.append(out.transpose(1, 2).flatten(0, 1))
-    if len(parts) == 1 and end == len(q):
-        return parts[0]
-    return torch.cat([*parts, torch.zeros_like(q[end:])])
+    return _joined(parts, q[end:])
 
 
 class _Run(NamedTuple):
@@ -111,41 +109,38 @@ def forward_meaning(q: Tensor, k: Tensor, v: Tensor, seqs: Sequences) -> tuple[T
             statistics, index = run.statistics(lse, seqs)
             statistics[index] = lse_SHn.transpose(0, 1) * LOG2_E
             parts.append(out.transpose(1, 2).flatten(0, 1))
-    if len(parts) == 1 and end == Q:
-        return parts[0].contiguous(), lse
-    return torch.cat([*parts, torch.zeros_like(q[end:])]), lse
+    return _joined(parts, q[end:]).contiguous(), lse
 
 
 def backward_meaning(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    seqs: Sequences,
-    grads: tuple[Tensor, Tensor, Tensor],
-) -> None:
-    """Write the gradients of q, k and v into `grads`."""
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqs: Sequences
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, from that of the output, [Q, H, d]."""
+    of_q, of_k, of_v = [], [], []
     q_end = kv_end = 0
     for run in _runs(seqs):
         q_end = run.q_row + run.number * run.q_length
         kv_end = run.kv_row + run.number * run.kv_length
-        views = run.queries(grads[0]), run.keys(grads[1]), run.keys(grads[2])
         if run.q_length * run.kv_length == 0:
-            for view in views:
-                view.zero_()
+            of_q.append(torch.zeros_like(q[run.q_row : q_end]))
+            of_k.append(torch.zeros_like(k[run.kv_row : kv_end]))
+            of_v.append(torch.zeros_like(v[run.kv_row : kv_end]))
             continue
         statistics, index = run.statistics(lse, seqs)
         lse_SHn = statistics[index].transpose(0, 1) / LOG2_E
         dense = _dense_backward(
             run.queries(grad), run.queries(q), run.keys(k), run.keys(v), run.queries(out), lse_SHn
         )
-        for view, part in zip(views, dense, strict=True):
-            view.copy_(part)
-    grads[0][q_end:].zero_()
-    grads[1][kv_end:].zero_()
-    grads[2][kv_end:].zero_()
+        for parts, part in zip((of_q, of_k, of_v), dense, strict=True):
+            parts.append(part.transpose(1, 2).flatten(0, 1))
+    return _joined(of_q, q[q_end:]), _joined(of_k, k[kv_end:]), _joined(of_v, v[kv_end:])
+
+
+def _joined(parts: list[Tensor], rest: Tensor) -> Tensor:
+    """The parts one after another, then zeros for the `rest` of the rows."""
+    if len(parts) == 1 and len(rest) == 0:
+        return parts[0]
+    return torch.cat([*parts, torch.zeros_like(rest)])
 
 
 def _dense_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -211,6 +211,20 @@ def test_neighbours_do_not_leak(fixed: bool) -> None:
         assert b[first:last].isnan().all()
 
 
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_not_a_number_is_not_hidden(part: int) -> None:
+    """As in the meaning: one in a query spoils its row, one in a key or a value the sequence."""
+    inputs = self_problem([70], 1, 16, torch.float32)
+    inputs["qkv"][3, part] = float("nan")
+    results = []
+    for function in (packed_attention, self_plain):
+        x = inputs["qkv"].clone().requires_grad_()
+        out = function(x, inputs["cu_seqlens"])
+        results.append((out.isnan(), torch.autograd.grad(out, x, torch.ones_like(out))[0].isnan()))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_heads_do_not_leak() -> None:
     """80 columns of a head are read as 64 + 16, and 24 as 16 + 16: not a column more."""
     for head_dim in (24, 80):
@@ -292,19 +306,20 @@ def test_rows_apart() -> None:
     assert_matches_meaning(packed_attention, self_reference, inputs, ["qkv"], plain=self_plain)
 
 
-def test_offsets_past_32_bits() -> None:
-    """The last of 130 tokens lies 2^31 elements from the first, in memory hardly ever touched."""
-    T, d, stride = 130, 16, 2**24 - 16
-    cu = offsets([65, 65])
+@pytest.mark.parametrize("length", [65, 130])
+def test_offsets_past_32_bits(length: int) -> None:
+    """The last block starts 2^31 elements from the first, in 4 GB that are hardly touched."""
+    T, d, stride = 130, 16, 2**24
+    cu = offsets([length] * (T // length))
     storage = torch.UntypedStorage(((T - 1) * stride + 3 * d) * 2)
     far = torch.tensor([], dtype=torch.float16).set_(storage, 0, (T, 3, 1, d), (stride, d, d, 1))
     near = torch.randn(T, 3, 1, d).half()
     far.copy_(near)
     results = []
     for qkv in (far, near):
-        out, lse = torch.ops.avmae.packed_attention(qkv, cu, None, 65)
+        out, lse = torch.ops.avmae.packed_attention(qkv, cu, None, length)
         backward = torch.ops.avmae.packed_attention_backward
-        results.append((out, backward(out, qkv, out, lse, cu, None, 65)))
+        results.append((out, backward(out, qkv, out, lse, cu, None, length)))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
@@ -325,8 +340,7 @@ def test_slot_owners(lengths: list[int], extra: int) -> None:
 def test_self_check(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     rejected = []
     monkeypatch.setattr(attention_check, "reject", lambda *key: rejected.append(key))
-    monkeypatch.setattr(attention_check, "_LENGTHS", (1, 17))
-    monkeypatch.setattr(attention_check, "_FIXED", (17,))
+    monkeypatch.setattr(attention_check, "_LENGTHS", ((1, 17), (17, 17)))
     cpu, half = torch.device("cpu"), torch.float16
     (share,) = attention_check.self_check(cpu, [16], [half]).values()
     assert share <= 1 and not rejected and not caplog.records

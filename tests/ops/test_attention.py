@@ -145,6 +145,7 @@ def test_what_is_kept_for_the_gradient() -> None:
     sizes = sorted(x.numel() for x in kept)
     slots = 250 // 128 + 2 + 1
     assert sizes == sorted([qkv.numel(), out.numel(), 2 * slots * 128, 3])
+    assert {qkv.data_ptr(), out.data_ptr()} <= {x.data_ptr() for x in kept}, "a copy is kept"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
