@@ -287,7 +287,8 @@ class TrainConfig:
 
     `batch` counts samples per optimiser step; `accumulate` splits it into as many micro-batches.
     `activation_checkpoint` says which activations are not kept but computed again in the backward
-    pass (see `avmae_fast.models.memory`).
+    pass (see `avmae_fast.models.memory`). `cuda_graph` launches each step as CUDA graphs: for
+    steps so small that the host cannot keep up with the GPU.
     Exactly one of `steps` and `epochs` is set; `warmup_epochs` or `warmup_steps` likewise.
     """
 
@@ -304,6 +305,7 @@ class TrainConfig:
     eps: float = 1e-8
     clip_grad: float | None = None
     activation_checkpoint: Literal["none", "selective", "full"] = "selective"
+    cuda_graph: bool = False
     seed: int = 42
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -44,7 +44,9 @@ class Attention(nn.Module):
         """
         if tail is None:
             qkv = product(x, self.qkv, again).unflatten(-1, (3, self.heads, -1))
-            out = packed_attention(qkv, layout.cu_seqlens, layout.fixed_length)
+            out = packed_attention(
+                qkv, layout.cu_seqlens, layout.fixed_length, owners=layout.owners
+            )
             return self.proj(out)
         width = x.shape[-1]
         w_q, w_kv = self.qkv.weight.split([width, 2 * width])
@@ -54,7 +56,10 @@ class Attention(nn.Module):
         fixed = None
         if tail.layout.fixed_length is not None and layout.fixed_length is not None:
             fixed = (tail.layout.fixed_length, layout.fixed_length)
-        out = packed_query_attention(q, kv, tail.layout.cu_seqlens, layout.cu_seqlens, fixed)
+        # Of one kind both: fixed lengths, or slots found for both.
+        owners = (None, None) if fixed else (tail.layout.owners, layout.owners)
+        offsets = tail.layout.cu_seqlens, layout.cu_seqlens
+        out = packed_query_attention(q, kv, *offsets, fixed, owners=owners)
         return self.proj(out)
 
 
@@ -139,7 +144,10 @@ class Stack(nn.Module):
         tail: Tail | None,
     ) -> tuple[Tensor, Tensor]:
         if self.checkpoint == "full" and torch.is_grad_enabled():
-            return checkpoint(block, x, update, layout, tail, use_reentrant=False)
+            # No random numbers are drawn in a block; keeping their state would wait for the GPU.
+            return checkpoint(
+                block, x, update, layout, tail, use_reentrant=False, preserve_rng_state=False
+            )
         return block(x, update, layout, tail, self.checkpoint == "selective")
 
 

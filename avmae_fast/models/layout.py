@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from avmae_fast.config import Modality
+from avmae_kernels.attention import slot_owners
 from avmae_kernels.masking import Masks
 
 
@@ -50,10 +51,12 @@ class TokenLayout:
 
     cu_seqlens: [S + 1] int32, where each sequence starts, and T at the end.
     fixed_length: the length of every sequence where all have the same above 0, else None.
+    owners: `slot_owners` of sequences whose lengths vary, found once for all layers.
     """
 
     cu_seqlens: Tensor
     fixed_length: int | None
+    owners: Tensor | None = None
 
     @classmethod
     def fixed(cls, sequences: int, length: int, device: torch.device | str) -> "TokenLayout":
@@ -69,9 +72,14 @@ class TokenLayout:
         """`sequences` of the first length, then as many of the next, and so on."""
         if len(set(lengths)) == 1:
             return cls.fixed(sequences * len(lengths), lengths[0], device)
-        each = torch.tensor(list(lengths), dtype=torch.int32, device=device)
-        ends = each.repeat_interleave(sequences).cumsum(0, dtype=torch.int32)
-        return cls(torch.cat([ends.new_zeros(1), ends]), None)
+        number = torch.arange(sequences + 1, dtype=torch.int32, device=device)
+        # Made where they are needed: a copy from the host would wait for the GPU.
+        offsets, start = [number[:1]], 0
+        for length in lengths:
+            offsets.append(number[1:] * length + start)
+            start += sequences * length
+        cu_seqlens = torch.cat(offsets)
+        return cls(cu_seqlens, None, slot_owners(cu_seqlens, start))
 
 
 @dataclass(frozen=True)

@@ -78,11 +78,14 @@ class Metrics:
             _append(self._folder / BAD_SAMPLES, map(asdict, batch.substituted))
             yield batch
 
-    def add(self, values: Mapping[str, float], step_s: float) -> None:
-        """Count one step: its losses and gradient norm, and how long it took."""
+    def add(self, values: Mapping[str, float]) -> None:
+        """Count one step's losses and gradient norm."""
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._count += 1
+
+    def took(self, step_s: float) -> None:
+        """Count the time of one step."""
         self._timed_steps += 1
         self._step_s += step_s
         self._bar.update()

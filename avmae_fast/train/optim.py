@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _FUSED_DEVICES = ("cpu", "cuda")
 
@@ -39,6 +39,8 @@ class ReleasedAdamW(torch.optim.Adam):
         betas: decay of the two moments.
         eps: added to the root of the second moment.
         weight_decay: how much of lr is taken off the weights of a group that sets nothing itself.
+        capturable: keep the learning rate and the step count on the GPU, so that a CUDA graph of
+            `step` reads what they are when it is replayed.
 
     Raises:
         ValueError: a value is negative or a beta is not in [0, 1).
@@ -51,6 +53,7 @@ class ReleasedAdamW(torch.optim.Adam):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 0.05,
+        capturable: bool = False,
     ) -> None:
         # Adam's own `weight_decay` is an L2 term in the gradient; this one needs another name.
         groups = [{"explicit_weight_decay": weight_decay, **group} for group in groups]
@@ -60,17 +63,46 @@ class ReleasedAdamW(torch.optim.Adam):
                 raise ValueError(f"weight_decay = {decay!r} is not valid: it must be at least 0")
         parameters = [p for group in groups for p in group["params"]]
         fused = all(p.is_floating_point() and p.device.type in _FUSED_DEVICES for p in parameters)
-        super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=fused or None)
+        super().__init__(
+            groups, lr=lr, betas=betas, eps=eps, fused=fused or None, capturable=capturable
+        )
+        if capturable:
+            for group in self.param_groups:
+                group["lr"] = torch.tensor(lr, device=parameters[0].device)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient, then decay the kernels among them."""
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, *, found_inf: Tensor | None = None
+    ) -> float | None:
+        """Update every parameter that has a gradient, then decay the kernels among them.
+
+        found_inf: a float32 scalar on the parameters' device; where it is 1 nothing changes.
+        """
+        # The name under which fused Adam looks for it.
+        self.found_inf = found_inf
         loss = super().step(closure)
         for group in self.param_groups:
             kernels = [p for p in group["params"] if p.grad is not None]
             if group["explicit_weight_decay"] and kernels:
-                torch._foreach_mul_(kernels, 1.0 - group["lr"] * group["explicit_weight_decay"])
+                torch._foreach_mul_(kernels, _kept(group, found_inf, kernels[0].dtype))
         return loss
+
+
+def _kept(group: dict[str, Any], found_inf: Tensor | None, dtype: torch.dtype) -> Tensor | float:
+    """The share of its weights that a group keeps in a step, rounded once."""
+    lost = group["lr"] * group["explicit_weight_decay"]
+    if found_inf is None:
+        return 1.0 - lost
+    return (1.0 - (1.0 - found_inf.double()) * lost).to(dtype)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every group, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def learning_rate(step: int, base_lr: float, total_steps: int, warmup_steps: float = 0.0) -> float:

@@ -3,17 +3,15 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-
-import torch
-from torch.nn.utils import clip_grad_norm_
 
 from avmae_fast.config import Config
 from avmae_fast.config_file import to_dict
-from avmae_fast.data.loader import Batch, ClipLoader
+from avmae_fast.data.loader import ClipLoader
 from avmae_fast.data.manifest import ManifestError
 from avmae_fast.models import AudiovisualMAE
 from avmae_fast.train.checkpoint import load_checkpoint, save_checkpoint
@@ -21,12 +19,14 @@ from avmae_fast.train.export import export_encoder
 from avmae_fast.train.inputs import InputStage
 from avmae_fast.train.metrics import Metrics
 from avmae_fast.train.optim import ReleasedAdamW, learning_rate, parameter_groups
+from avmae_fast.train.readback import Read, Readback
 from avmae_fast.train.recipe import (
     Autocast,
     Schedule,
     build_model,
     choose_autocast,
     choose_device,
+    choose_step,
 )
 from avmae_fast.train.report import write_report
 from avmae_fast.train.run_folder import (
@@ -36,6 +36,7 @@ from avmae_fast.train.run_folder import (
     open_run,
     versions,
 )
+from avmae_fast.train.step import TrainStep
 from avmae_fast.train.stop import StopRequest
 from avmae_fast.train.validate import validate
 
@@ -65,7 +66,7 @@ class _Run:
     config: Config
     schedule: Schedule
     model: AudiovisualMAE
-    optimizer: ReleasedAdamW
+    step: TrainStep
     stage: InputStage
     autocast: Autocast
 
@@ -97,11 +98,14 @@ def pretrain(config: Config, *, resume: bool = False, restart: bool = False) -> 
             betas=train.betas,
             eps=train.eps,
             weight_decay=train.weight_decay,
+            capturable=train.cuda_graph,
         )
+        step_type = choose_step(train, device)
+        train_step = step_type(model, optimizer, autocast, train.accumulate, train.clip_grad)
         open_run(config, point, restart)
         if point is not None:
             load_checkpoint(point.path, model, optimizer)
-        run = _Run(config, schedule, model, optimizer, stage, autocast)
+        run = _Run(config, schedule, model, train_step, stage, autocast)
         step = point.step if point else 0
         if step < schedule.steps:
             step, exit_code = _train(run, clips, held_out, point)
@@ -134,57 +138,47 @@ def _train(
     train, schedule = run.config.train, run.schedule
     step, samples = (point.step, point.samples) if point else (0, 0)
     with Metrics(run.config, schedule.steps, point) as metrics, StopRequest() as stop:
-        batches = metrics.watch(iter(clips))
+        batches, readback = metrics.watch(iter(clips)), Readback()
         while step < schedule.steps:
             # Before the step, so that a run resumed here validates here.
             if held_out is not None and train.val_every and step and step % train.val_every == 0:
                 validate(run.model, held_out, run.stage, run.autocast, metrics, step)
             began_s = time.monotonic()
             lr = learning_rate(step, schedule.peak_lr, schedule.steps, schedule.warmup_steps)
-            values = _step(run, batches, lr, step)
+            values = run.step(map(run.stage, islice(batches, train.accumulate)), lr)
             step, samples = step + 1, samples + train.batch
-            metrics.add(values, time.monotonic() - began_s)
+            _note(run, metrics, readback.push(step, values))
+            metrics.took(time.monotonic() - began_s)
             # Read once: a signal from here on is the next step's.
             exit_code = stop.exit_code
             last = step == schedule.steps
-            if step % train.log_every == 0 or step == 1 or last:
+            logs = step % train.log_every == 0 or step == 1 or last
+            saves = step % train.checkpoint_every == 0 or last or exit_code is not None
+            if logs or saves:
+                _note(run, metrics, readback.drain())
+            if logs:
                 metrics.write(step, samples, lr)
-            if step % train.checkpoint_every == 0 or last or exit_code is not None:
+            if saves:
                 _save(run, metrics, step, samples)
             if exit_code is not None:
                 return step, exit_code
     return step, None
 
 
-def _step(run: _Run, batches: Iterator[Batch], lr: float, step: int) -> dict[str, float]:
-    """One optimiser step over `accumulate` micro-batches; its losses and gradient norm."""
-    train = run.config.train
-    micro_losses = []
-    run.optimizer.zero_grad()
-    for _ in range(train.accumulate):
-        inputs = run.stage(next(batches))
-        with run.autocast():
-            out = run.model(**inputs)
-        (out.loss / train.accumulate).backward()
-        micro_losses.append(torch.stack([out.loss, *out.losses.values()]).detach())
-    limit = math.inf if train.clip_grad is None else train.clip_grad
-    norm = clip_grad_norm_(run.model.parameters(), limit)
-    names = ["loss", *(f"loss_{m}" for m in out.losses), "grad_norm"]
-    losses = torch.stack(micro_losses).double().mean(0).tolist()
-    values = dict(zip(names, [*losses, float(norm)], strict=True))
-    _require_finite(values, step)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    run.optimizer.step()
-    return values
+def _note(run: _Run, metrics: Metrics, reads: Sequence[Read]) -> None:
+    """Count the steps whose values have arrived."""
+    for read in reads:
+        values = dict(zip(run.step.names, read.values, strict=True))
+        _require_finite(values, read.step)
+        metrics.add(values)
 
 
-def _require_finite(values: dict[str, float], step: int) -> None:
+def _require_finite(values: Mapping[str, float], step: int) -> None:
     broken = [name for name, value in values.items() if not math.isfinite(value)]
     if broken:
         shown = ", ".join(f"{name} = {value:g}" for name, value in values.items())
         raise NonFiniteError(
-            f"{' and '.join(broken)} not finite at step {step + 1} ({shown}); the run stops, its "
+            f"{' and '.join(broken)} not finite at step {step} ({shown}); the run stops, its "
             "checkpoints are good. Resume with a lower train.base_lr or train.clip_grad = 1, or "
             "with train.precision = 'fp32'"
         )
@@ -199,4 +193,4 @@ def _save(run: _Run, metrics: Metrics, step: int, samples: int) -> None:
     }
     train = run.config.train
     folder = checkpoints_of(run.config)
-    save_checkpoint(folder, step, run.model, run.optimizer, state, train.keep_checkpoints)
+    save_checkpoint(folder, step, run.model, run.step.optimizer, state, train.keep_checkpoints)

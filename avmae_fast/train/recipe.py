@@ -1,7 +1,6 @@
 """What a configuration comes to on this machine and this data set: steps, device, precision."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +8,8 @@ import torch
 from avmae_fast.config import Config, ConfigError, Modality, TrainConfig
 from avmae_fast.models import AudiovisualMAE
 from avmae_fast.models.blocks import set_checkpoint
+from avmae_fast.train.step import Autocast, CapturedStep, TrainStep
 from avmae_kernels.masking import MaskSpec
-
-Autocast = Callable[[], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -93,6 +91,16 @@ def choose_autocast(train: TrainConfig, device: torch.device) -> Autocast:
         name = torch.cuda.get_device_name(device)
         raise ConfigError(f"train.precision = 'bf16' is not valid on {name}: set it to 'fp32'")
     return lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
+def choose_step(train: TrainConfig, device: torch.device) -> type[TrainStep]:
+    """How a step is launched: kernel by kernel, or as CUDA graphs."""
+    if train.cuda_graph and device.type != "cuda":
+        raise ConfigError(
+            f"train.cuda_graph = True is not valid on {device.type}: it must be false, or the "
+            "run on a GPU"
+        )
+    return CapturedStep if train.cuda_graph else TrainStep
 
 
 def build_model(config: Config, device: torch.device) -> AudiovisualMAE:

@@ -43,8 +43,7 @@ def log_mel_meaning(x_BS: Tensor, mel_bins: int) -> Tensor:
     spectrum = torch.fft.rfft(pad(x_BFS, (0, FFT_SIZE - WINDOW_SAMPLES)))
     power = spectrum.abs().pow(2.0)
     mel_BFM = power @ _mel_filters(mel_bins, x_BFS.dtype, x_BFS.device)
-    floor = torch.tensor(torch.finfo(torch.float32).eps, dtype=mel_BFM.dtype, device=mel_BFM.device)
-    return mel_BFM.maximum(floor).log()
+    return mel_BFM.clamp(min=torch.finfo(torch.float32).eps).log()
 
 
 def log_mel(waveform: Tensor, mel_bins: int = 128) -> Tensor:

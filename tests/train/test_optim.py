@@ -79,6 +79,20 @@ def test_parameters_without_a_gradient_stay() -> None:
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
+def test_found_inf_leaves_weights_and_moments() -> None:
+    model, plain = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    plain.load_state_dict(model.state_dict())
+    optimizer, expected = _optimizer(model), _optimizer(plain)
+    for found in (0.0, 1.0, 0.0):
+        model.weight.grad = plain.weight.grad = torch.full((3, 3), 0.5)
+        optimizer.step(found_inf=torch.tensor(found))
+        if not found:
+            expected.step()
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    state, wanted = optimizer.state[model.weight], expected.state[plain.weight]
+    torch.testing.assert_close(state, wanted, rtol=0, atol=0)
+
+
 def test_state_dict_round_trip() -> None:
     """A run that is saved and loaded goes on to the same weights, bit for bit."""
     torch.manual_seed(0)

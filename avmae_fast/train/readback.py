@@ -1,0 +1,47 @@
+"""What a step leaves on the device, read without waiting for the step in hand."""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Read:
+    """The values of one step, on the host."""
+
+    step: int
+    values: list[float]
+
+
+class Readback:
+    """Hands out the values of step n once step n + 1 has been launched; on a CPU, at once.
+
+    The host so keeps one step ahead of a GPU, which never waits to be told what to do next.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[int, Tensor, Any]] = deque()
+
+    def push(self, step: int, values: Tensor) -> list[Read]:
+        """Note the values of the step just launched; returns those of the steps before it."""
+        if not values.is_cuda:
+            return [Read(step, values.tolist())]
+        before = self.drain()
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._waiting.append((step, host, event))
+        return before
+
+    def drain(self) -> list[Read]:
+        """Wait for every step launched so far; returns what has not been handed out."""
+        reads = []
+        while self._waiting:
+            step, host, event = self._waiting.popleft()
+            event.synchronize()
+            reads.append(Read(step, host.tolist()))
+        return reads

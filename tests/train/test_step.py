@@ -1,0 +1,115 @@
+"""One optimiser step: its values, its gradients, and what a step that went wrong leaves alone."""
+
+import copy
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_batch, tiny_config
+
+from avmae_fast.models import AudiovisualMAE
+from avmae_fast.train import step as step_module
+from avmae_fast.train.optim import ReleasedAdamW, parameter_groups
+from avmae_fast.train.readback import Readback
+from avmae_fast.train.step import CapturedStep, TrainStep
+
+LR = 0.01
+
+
+def _model() -> AudiovisualMAE:
+    torch.manual_seed(0)
+    return AudiovisualMAE(tiny_config())
+
+
+def _batch(seed: int) -> dict[str, Any]:
+    batch = tiny_batch(tiny_config(), batch=2, seed=seed)
+    return {**batch, "audio": batch["audio"].float()}
+
+
+def _step(model: AudiovisualMAE, **options: Any) -> TrainStep:
+    return TrainStep(model, ReleasedAdamW(parameter_groups(model)), nullcontext, **options)
+
+
+def test_values_are_those_of_the_model() -> None:
+    model, batch = _model(), _batch(0)
+    expected = copy.deepcopy(model)
+    out = expected(**batch)
+    out.loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in expected.parameters()])
+    step = _step(model)
+    values = dict(zip(step.names, step([batch], LR).tolist(), strict=True))
+    assert values["loss"] == out.loss.item() and values["grad_norm"] == norm.item()
+    assert values["loss_video"] == out.losses["video"].item()
+    assert values["loss_audio"] == out.losses["audio"].item()
+
+
+def test_micro_batches_are_averaged() -> None:
+    whole, split = _model(), _model()
+    parts = [_batch(0), _batch(1)]
+    values = _step(split, accumulate=2)(parts, LR)
+    losses = []
+    for part in parts:
+        out = whole(**part)
+        (out.loss / 2).backward()
+        losses.append(out.loss.item())
+    optimizer = ReleasedAdamW(parameter_groups(whole), lr=LR)
+    optimizer.step()
+    torch.testing.assert_close(split.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    assert values[0].item() == pytest.approx(sum(losses) / 2, rel=1e-12)
+
+
+def test_clipping_limits_the_norm() -> None:
+    model = _model()
+    values = _step(model, clip_grad=1e-3)([_batch(0)], LR)
+    assert values[-1] > 1e-3  # what is reported is the norm before
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing(bad: float) -> None:
+    model = _model()
+    step = _step(model)
+    step([_batch(0)], LR)
+    before = copy.deepcopy((model.state_dict(), step.optimizer.state_dict()["state"]))
+    broken = _batch(1)
+    broken["audio"][0, 0, 0] = bad
+    # Seen by the encoder or by the loss, wherever the patch is.
+    assert not step([broken], LR).isfinite().all()
+    after = (model.state_dict(), step.optimizer.state_dict()["state"])
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    step([_batch(2)], LR)
+    assert not torch.equal(model.head["video"].bias, before[0]["head.video.bias"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_captured_step_follows_the_plain_one(
+    monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    """The order of replays and the copies of inputs, with a recorder that calls functions."""
+    plain, captured = _model(), _model()
+    expected = _step(plain, accumulate=accumulate)
+    monkeypatch.setattr(CapturedStep, "EAGER_STEPS", 0)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(step_module, "_record", lambda function, *_: function)
+    step = CapturedStep(
+        captured, ReleasedAdamW(parameter_groups(captured)), nullcontext, accumulate=accumulate
+    )
+    for number in range(3):
+        batches = [_batch(accumulate * number + i) for i in range(accumulate)]
+        values = step(copy.deepcopy(batches), LR)
+        assert torch.equal(values, expected(batches, LR)), number
+    torch.testing.assert_close(captured.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    short = _batch(0)
+    short["video"] = short["video"][:1]
+    with pytest.raises(ValueError, match="micro-batches of one shape.*video"):
+        step([short], LR)
+
+
+def test_readback_on_a_cpu_is_at_once() -> None:
+    readback = Readback()
+    (read,) = readback.push(7, torch.tensor([1.0, 2.0]))
+    assert (read.step, read.values) == (7, [1.0, 2.0])
+    assert readback.drain() == []
