@@ -24,6 +24,7 @@ from avmae_fast.train.recipe import (
     Autocast,
     Schedule,
     build_model,
+    check_kernels,
     choose_autocast,
     choose_device,
     choose_step,
@@ -92,6 +93,7 @@ def pretrain(config: Config, *, resume: bool = False, restart: bool = False) -> 
         held_out = _held_out_clips(config)
         if held_out is not None:
             stack.enter_context(held_out)
+        check_kernels(config.model, device, autocast)
         model = build_model(config, device)
         optimizer = ReleasedAdamW(
             parameter_groups(model),

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
-from avmae_fast.config import Config, ConfigError, Modality, TrainConfig
+from avmae_fast.config import Config, ConfigError, Modality, ModelConfig, TrainConfig
 from avmae_fast.models import AudiovisualMAE
 from avmae_fast.models.blocks import set_checkpoint
 from avmae_fast.train.step import Autocast, CapturedStep, TrainStep
+from avmae_kernels._ptxas import use_newest_ptxas
+from avmae_kernels._triton import HAVE_TRITON
 from avmae_kernels.masking import MaskSpec
+from avmae_kernels.self_check import Use, self_check
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,28 @@ def choose_step(train: TrainConfig, device: torch.device) -> type[TrainStep]:
             "run on a GPU"
         )
     return CapturedStep if train.cuda_graph else TrainStep
+
+
+def check_kernels(model: ModelConfig, device: torch.device, autocast: Autocast) -> None:
+    """Try the kernels this model will run on this GPU; what fails is replaced, with a warning."""
+    if device.type != "cuda" or not HAVE_TRITON:
+        return
+    use_newest_ptxas()
+    with autocast():
+        on = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if on else torch.float32
+    stacks = model.encoder, model.decoder
+    use = Use(
+        dtype,
+        widths=sorted({stack.width for stack in stacks}),
+        hidden=sorted({stack.mlp for stack in stacks}),
+        head_dims=sorted({stack.head_dim for stack in stacks}),
+        video_patch=None if model.video is None else model.video.tubelet,
+        audio_patch=None if model.audio is None else model.audio.patch,
+        gelu=model.gelu,
+        target_norm=model.target_norm,
+    )
+    self_check(device, use)
 
 
 def build_model(config: Config, device: torch.device) -> AudiovisualMAE:

@@ -3,7 +3,8 @@
 `torch.library`'s define and impl are used rather than custom_op: half the time a call.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -12,6 +13,10 @@ from torch import Tensor
 from avmae_kernels._triton import INTERPRET, kernels_usable
 
 LIBRARY = torch.library.Library("avmae", "FRAGMENT")
+
+# Operations whose kernels gave a wrong result in this process.
+_REJECTED: set[str] = set()
+_only_meanings = False
 
 
 def define(
@@ -39,6 +44,8 @@ def define(
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if any(tensor.dtype == torch.float64 for tensor in tensors) or not kernels_usable():
             return meaning(*args)
+        if name in _REJECTED or _only_meanings:
+            return meaning(*args)
         if INTERPRET:
             _refuse_bfloat16(name, tensors)
             return kernels(*args)
@@ -61,6 +68,22 @@ def register_backward(
     torch.library.register_autograd(
         f"avmae::{name}", backward, setup_context=setup_context, lib=LIBRARY
     )
+
+
+def reject(name: str) -> None:
+    """Run `avmae::<name>` and its gradient by their meaning from now on."""
+    _REJECTED.update((name, f"{name}_backward"))
+
+
+@contextmanager
+def meanings() -> Iterator[None]:
+    """Inside, every operation runs its meaning, whatever the device."""
+    global _only_meanings
+    before, _only_meanings = _only_meanings, True
+    try:
+        yield
+    finally:
+        _only_meanings = before
 
 
 def eager_float32_on_cpu(*tensors: Tensor | None) -> bool:
