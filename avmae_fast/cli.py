@@ -10,12 +10,14 @@ from collections.abc import Sequence
 
 _BAD_INPUT = 2
 _NOT_FINITE = 70  # EX_SOFTWARE
+_CANNOT_WRITE = 73  # EX_CANTCREAT
 _INTERRUPTED = 130
 
 _EXIT_CODES = (
     "Exit codes: 0 done; 1 probe-files found files that cannot be read; 2 bad input, the message "
-    "says what would be valid; 70 a loss or gradient is not finite; 75 stopped by SIGTERM and 130 "
-    "by Ctrl-C, pretrain after writing a checkpoint."
+    "says what would be valid; 70 too many steps were not finite; 73 the disk is full or cannot "
+    "be written; 75 stopped by Ctrl-C, SIGTERM or SIGUSR1 after writing a checkpoint; 130 "
+    "interrupted, nothing was written."
 )
 
 # Errors that are somebody's input and not a fault of this program, by module: one that is not
@@ -26,6 +28,7 @@ _INPUT_ERRORS = {
     "avmae_fast.data.clip": "ClipError",
     "avmae_fast.data.manifest": "ManifestError",
     "avmae_fast.train.checkpoint": "CheckpointError",
+    "avmae_fast.train.lock": "LockedError",
     "avmae_fast.train.run_folder": "RunFolderError",
     "builtins": "FileExistsError",
 }
@@ -122,12 +125,16 @@ def _pretrain(args: argparse.Namespace) -> int:
     # Read when torch loads its thread pool. Threads that spin while they wait make a CPU run ten
     # times slower as soon as another program wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from avmae_fast.train.pretrain import NonFiniteError, pretrain
+    from avmae_fast.train.guard import NonFiniteError
+    from avmae_fast.train.pretrain import pretrain
+    from avmae_fast.train.run_folder import OutputError
 
     try:
         outcome = pretrain(config, resume=args.resume, restart=args.restart)
     except NonFiniteError as error:
         return _fail(error, _NOT_FINITE)
+    except OutputError as error:
+        return _fail(error, _CANNOT_WRITE)
     if outcome.exit_code is None:
         return 0
     kept = [word for word in args.argv if word not in ("--resume", "--restart")]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -71,8 +72,8 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     try:
         tensors, scalars = _flatten(model, optimizer)
-        save_file(_on_host(model.state_dict()), partial / "model.safetensors")
-        save_file(_on_host(tensors), partial / "optimizer.safetensors")
+        _save_tensors(_on_host(model.state_dict()), partial / "model.safetensors")
+        _save_tensors(_on_host(tensors), partial / "optimizer.safetensors")
         contents = {"format": _FORMAT, "step": step, **state, "optimizer": scalars}
         (partial / "state.json").write_text(json.dumps(contents, indent=1))
         _seal(partial)
@@ -83,6 +84,11 @@ def save_checkpoint(
     fsync(folder)
     _prune(folder, path, keep)
     return path
+
+
+def checkpoint_bytes(model: nn.Module) -> int:
+    """About what a checkpoint takes: the weights and two moments of each."""
+    return 3 * sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def steps_saved(folder: Path) -> list[tuple[int, Path]]:
@@ -175,6 +181,16 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        # It reports a full disk by a number in its text.
+        if code := re.search(r"code: (\d+)", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        raise
 
 
 def _seal(partial: Path) -> None:

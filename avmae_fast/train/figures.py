@@ -1,5 +1,6 @@
 """Figures of the report: loss curves, and grids of clips in pixels and in log-mel."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,8 @@ def loss_curves(
     axes = figure.subplots(1, len(modalities), squeeze=False)[0]
     for axis, m in zip(axes, modalities, strict=True):
         steps = [line["step"] for line in train]
-        losses = [line[f"loss_{m}"] for line in train]
+        # A stretch in which no step was finite has none.
+        losses = [line.get(f"loss_{m}", math.nan) for line in train]
         axis.plot(steps, losses, color=_COLOURS[m], linewidth=1.2, label="training")
         if validation:
             steps = [line["step"] for line in validation]

@@ -91,9 +91,10 @@ class Metrics:
         self._bar.update()
 
     def write(self, step: int, samples: int, lr: float) -> None:
-        """Write one line, the means since the last."""
+        """Write one line, the means since the last; without losses if no step was finite."""
         line: dict[str, float] = {"step": step, "samples": samples}
-        line |= {name: total / self._count for name, total in self._sums.items()}
+        if self._count:
+            line |= {name: total / self._count for name, total in self._sums.items()}
         line["lr"] = lr
         line["clips_per_s"] = self._timed_steps * self._batch / self._step_s
         line["data_wait_fraction"] = self._wait_s / self._step_s
@@ -171,4 +172,6 @@ def _losses(values: Mapping[str, float]) -> str:
         for name, value in values.items()
         if name.startswith("loss_")
     ]
+    if "loss" not in values:
+        return "no step was finite"
     return f"loss {values['loss']:.4f} ({', '.join(parts)})"

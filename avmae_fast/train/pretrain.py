@@ -1,9 +1,8 @@
 """The training loop: read it from `pretrain` down."""
 
 import logging
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -14,8 +13,9 @@ from avmae_fast.config_file import to_dict
 from avmae_fast.data.loader import ClipLoader
 from avmae_fast.data.manifest import ManifestError
 from avmae_fast.models import AudiovisualMAE
-from avmae_fast.train.checkpoint import load_checkpoint, save_checkpoint
+from avmae_fast.train.checkpoint import checkpoint_bytes, load_checkpoint, save_checkpoint
 from avmae_fast.train.export import export_encoder
+from avmae_fast.train.guard import Guard, NonFiniteError
 from avmae_fast.train.inputs import InputStage
 from avmae_fast.train.metrics import Metrics
 from avmae_fast.train.optim import ReleasedAdamW, learning_rate, parameter_groups
@@ -29,12 +29,15 @@ from avmae_fast.train.recipe import (
     choose_device,
     choose_step,
 )
+from avmae_fast.train.replay import keep_failed
 from avmae_fast.train.report import write_report
 from avmae_fast.train.run_folder import (
+    EVENTS,
     ResumePoint,
     checkpoints_of,
     find_resume_point,
     open_run,
+    outputs,
     versions,
 )
 from avmae_fast.train.step import TrainStep
@@ -42,10 +45,6 @@ from avmae_fast.train.stop import StopRequest
 from avmae_fast.train.validate import validate
 
 logger = logging.getLogger(__name__)
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss or a gradient is NaN or infinite; no weight has been touched by it."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,9 @@ def pretrain(config: Config, *, resume: bool = False, restart: bool = False) -> 
         )
         step_type = choose_step(train, device)
         train_step = step_type(model, optimizer, autocast, train.accumulate, train.clip_grad)
-        open_run(config, point, restart)
+        size = checkpoint_bytes(model)
+        stack.enter_context(open_run(config, point, restart, size))
+        stack.enter_context(outputs(train.out))
         if point is not None:
             load_checkpoint(point.path, model, optimizer)
         run = _Run(config, schedule, model, train_step, stage, autocast)
@@ -139,6 +140,8 @@ def _train(
     """Train to the end or until asked to stop; the steps done and, if asked, the exit code."""
     train, schedule = run.config.train, run.schedule
     step, samples = (point.step, point.samples) if point else (0, 0)
+    saved = point.state.get("guard") if point else None
+    guard = Guard(train.out / EVENTS, run.step.names, train.batch, saved)
     with Metrics(run.config, schedule.steps, point) as metrics, StopRequest() as stop:
         batches, readback = metrics.watch(iter(clips)), Readback()
         while step < schedule.steps:
@@ -149,49 +152,43 @@ def _train(
             lr = learning_rate(step, schedule.peak_lr, schedule.steps, schedule.warmup_steps)
             values = run.step(map(run.stage, islice(batches, train.accumulate)), lr)
             step, samples = step + 1, samples + train.batch
-            _note(run, metrics, readback.push(step, values))
+            _note(run, guard, metrics, readback.push(step, samples, values))
             metrics.took(time.monotonic() - began_s)
             # Read once: a signal from here on is the next step's.
             exit_code = stop.exit_code
             last = step == schedule.steps
             logs = step % train.log_every == 0 or step == 1 or last
             saves = step % train.checkpoint_every == 0 or last or exit_code is not None
-            if logs or saves:
-                _note(run, metrics, readback.drain())
+            if logs or saves or guard.alert:
+                _note(run, guard, metrics, readback.drain())
             if logs:
                 metrics.write(step, samples, lr)
             if saves:
-                _save(run, metrics, step, samples)
+                _save(run, guard, metrics, step, samples)
             if exit_code is not None:
                 return step, exit_code
     return step, None
 
 
-def _note(run: _Run, metrics: Metrics, reads: Sequence[Read]) -> None:
-    """Count the steps whose values have arrived."""
+def _note(run: _Run, guard: Guard, metrics: Metrics, reads: Sequence[Read]) -> None:
+    """Look at the steps whose values have arrived, and count them."""
     for read in reads:
-        values = dict(zip(run.step.names, read.values, strict=True))
-        _require_finite(values, read.step)
-        metrics.add(values)
+        try:
+            values = guard.check(read)
+        except NonFiniteError as error:
+            keep_failed(run.config.train.out, run.model, error)
+            raise
+        if values is not None:
+            metrics.add(values)
 
 
-def _require_finite(values: Mapping[str, float], step: int) -> None:
-    broken = [name for name, value in values.items() if not math.isfinite(value)]
-    if broken:
-        shown = ", ".join(f"{name} = {value:g}" for name, value in values.items())
-        raise NonFiniteError(
-            f"{' and '.join(broken)} not finite at step {step} ({shown}); the run stops, its "
-            "checkpoints are good. Resume with a lower train.base_lr or train.clip_grad = 1, or "
-            "with train.precision = 'fp32'"
-        )
-
-
-def _save(run: _Run, metrics: Metrics, step: int, samples: int) -> None:
+def _save(run: _Run, guard: Guard, metrics: Metrics, step: int, samples: int) -> None:
     state = {
         "samples": samples,
         "config": to_dict(run.config),
         "versions": versions(),
         "metrics": metrics.state(),
+        "guard": guard.state(),
     }
     train = run.config.train
     folder = checkpoints_of(run.config)

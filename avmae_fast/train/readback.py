@@ -10,9 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Read:
-    """The values of one step, on the host."""
+    """The values of one step, on the host; `samples` were seen when it was done."""
 
     step: int
+    samples: int
     values: list[float]
 
 
@@ -23,25 +24,25 @@ class Readback:
     """
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[int, Tensor, Any]] = deque()
+        self._waiting: deque[tuple[int, int, Tensor, Any]] = deque()
 
-    def push(self, step: int, values: Tensor) -> list[Read]:
+    def push(self, step: int, samples: int, values: Tensor) -> list[Read]:
         """Note the values of the step just launched; returns those of the steps before it."""
         if not values.is_cuda:
-            return [Read(step, values.tolist())]
+            return [Read(step, samples, values.tolist())]
         before = self.drain()
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         host.copy_(values, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._waiting.append((step, host, event))
+        self._waiting.append((step, samples, host, event))
         return before
 
     def drain(self) -> list[Read]:
         """Wait for every step launched so far; returns what has not been handed out."""
         reads = []
         while self._waiting:
-            step, host, event = self._waiting.popleft()
+            step, samples, host, event = self._waiting.popleft()
             event.synchronize()
-            reads.append(Read(step, host.tolist()))
+            reads.append(Read(step, samples, host.tolist()))
         return reads

@@ -2,16 +2,21 @@
 
 run.json               the configuration and the versions that ran it
 checkpoints/           see avmae_fast.train.checkpoint
-metrics.jsonl, validation.jsonl, bad_samples.jsonl, tensorboard/
+metrics.jsonl, validation.jsonl, bad_samples.jsonl, events.jsonl, tensorboard/
+failed/                weights and samples of a step that stopped a run, see avmae_fast.train.replay
+run.lock               see avmae_fast.train.lock
 encoder.safetensors, encoder.json, report/       written at the end
 """
 
+import errno
 import importlib.metadata
 import json
 import logging
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,31 +34,63 @@ from avmae_fast.train.checkpoint import (
     set_aside,
     steps_saved,
 )
+from avmae_fast.train.lock import LOCK, RunLock
 
 logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
+EVENTS = "events.jsonl"
 BAD_SAMPLES = "bad_samples.jsonl"
 TENSORBOARD = "tensorboard"
 REPORT = "report"
+FAILED = "failed"
 _CHECKPOINTS = "checkpoints"
-_RUN = "run.json"
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+RUN = "run.json"
 _CONTENTS = (
     _CHECKPOINTS,
     TENSORBOARD,
     REPORT,
     METRICS,
     VALIDATION,
+    EVENTS,
+    FAILED,
     BAD_SAMPLES,
     "encoder.safetensors",
     "encoder.json",
-    _RUN,
+    RUN,
 )
 
 
 class RunFolderError(ValueError):
     """The folder of a run cannot be used as asked; the text says what to do."""
+
+
+class OutputError(RuntimeError):
+    """The disk of a run is full or fails; what was saved before is whole."""
+
+
+@contextmanager
+def outputs(out: Path) -> Iterator[None]:
+    """Inside, an error of the disk is told as one of the run's folder.
+
+    Raises:
+        OutputError: the disk is full, read-only or fails.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        saved = steps_saved(out / _CHECKPOINTS)
+        step = (
+            f"its newest checkpoint is of step {saved[0][0]}" if saved else "it has no checkpoint"
+        )
+        raise OutputError(
+            f"train.out = {str(out)!r} cannot be written ({error.strerror}): {step}; see to the "
+            "disk and go on with --resume"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -93,7 +130,8 @@ def find_resume_point(config: Config, resume: bool, restart: bool) -> ResumePoin
     out, folder = config.train.out, checkpoints_of(config)
     if out.exists() and not out.is_dir():
         raise RunFolderError(f"train.out = {str(out)!r} is not valid: it is a file")
-    if out.is_dir() and any(out.iterdir()) and not (out / _RUN).exists():
+    strangers = out.is_dir() and any(entry.name != LOCK for entry in out.iterdir())
+    if strangers and not (out / RUN).exists():
         raise RunFolderError(
             f"train.out = {str(out)!r} is not valid: it holds files but no run; "
             "it must be absent, empty or the folder of an earlier run"
@@ -116,29 +154,66 @@ def find_resume_point(config: Config, resume: bool, restart: bool) -> ResumePoin
     return ResumePoint(path, state, refused)
 
 
-def open_run(config: Config, point: ResumePoint | None, restart: bool) -> None:
+@contextmanager
+def open_run(
+    config: Config, point: ResumePoint | None, restart: bool, checkpoint_bytes: int
+) -> Iterator[None]:
     """Make the folder, or take over the one that is there, and write down the configuration.
 
+    Inside, no other run can use the folder.
+
+    Args:
+        checkpoint_bytes: size of a checkpoint, as far as is known.
+
     Raises:
-        RunFolderError: it cannot be written.
+        RunFolderError: it cannot be written, or has no room for its checkpoints.
+        LockedError: another run is using it.
     """
     out = config.train.out
+    with ExitStack() as stack:
+        with _writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(RunLock(out))
+            if restart:
+                _delete_run(out)
+            _require_room(out, config.train.keep_checkpoints, checkpoint_bytes)
+            _write_down(config, point)
+        yield
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
     try:
-        if restart:
-            _delete_run(out)
-        out.mkdir(parents=True, exist_ok=True)
-        partial = out / f".partial-{_RUN}"
-        record = {"config": to_dict(config), "versions": versions()}
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(partial, out / _RUN)
-        if point is not None and point.refused:
-            logger.warning("refused %s", "; ".join(map(str, point.refused)))
-            set_aside(point.refused)
+        yield
     except OSError as error:
         raise RunFolderError(
             f"train.out = {str(out)!r} is not valid: it must be a folder that can be written "
             f"({error.strerror})"
         ) from error
+
+
+def _require_room(out: Path, keep: int, checkpoint_bytes: int) -> None:
+    """One more checkpoint than are kept is there for a while."""
+    present = len(steps_saved(out / _CHECKPOINTS))
+    needed = max(1, keep + 1 - present) * checkpoint_bytes
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise RunFolderError(
+            f"train.out = {str(out)!r} is not valid: its checkpoints need {needed / 2**30:.2f} GiB "
+            f"more, {free / 2**30:.2f} GiB are free; free some, set train.keep_checkpoints = 2, or "
+            "choose another disk"
+        )
+
+
+def _write_down(config: Config, point: ResumePoint | None) -> None:
+    out = config.train.out
+    partial = out / f".partial-{RUN}"
+    record = {"config": to_dict(config), "versions": versions()}
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(partial, out / RUN)
+    if point is not None and point.refused:
+        logger.warning("refused %s", "; ".join(map(str, point.refused)))
+        set_aside(point.refused)
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run after the step in hand, with a checkpoint."""
+"""Ctrl-C, SIGTERM and SIGUSR1 end a run after the step in hand, with a checkpoint."""
 
 import os
 import signal
@@ -6,13 +6,14 @@ import threading
 from types import FrameType
 from typing import Any, Self
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-INTERRUPTED = 130  # as shells report a program that Ctrl-C ended
+# SIGUSR1 is what batch systems send ahead of the end of a job.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+INTERRUPTED = 130  # as shells report a program that Ctrl-C ended: nothing was saved
 STOPPED = 75  # EX_TEMPFAIL: stopped in good order, to be run again
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM sets `exit_code`; a second Ctrl-C exits at once.
+    """While entered, the first signal sets `exit_code`; a second Ctrl-C exits at once.
 
     Only the main thread of a program can catch signals: elsewhere nothing is ever requested.
 
@@ -36,7 +37,7 @@ class StopRequest:
         if self.exit_code is not None and number == signal.SIGINT:
             os._exit(INTERRUPTED)
         if self.exit_code is None:
-            self.exit_code = INTERRUPTED if number == signal.SIGINT else STOPPED
+            self.exit_code = STOPPED
             name = signal.Signals(number).name
             again = "; Ctrl-C again exits at once" if number == signal.SIGINT else ""
             # os.write: a handler may have interrupted a print.

@@ -82,7 +82,7 @@ def test_resumed_twice_equals_straight(
         with monkeypatch.context() as patch:
             _signal_at(patch, more, signal.SIGINT)
             outcome = pretrain(broken, resume=stop != 4)
-        assert (outcome.step, outcome.exit_code, outcome.report) == (stop, 130, None)
+        assert (outcome.step, outcome.exit_code, outcome.report) == (stop, 75, None)
     assert pretrain(broken, resume=True).exit_code is None
 
     for name in ("model.safetensors", "optimizer.safetensors"):
@@ -174,16 +174,13 @@ def test_sigterm_stops_with_its_code(
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_non_finite_stops_before_anything_is_saved(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, where: str
-) -> None:
-    """The sixth step is broken: checkpoint 5 stays as it was and there is none after it."""
-    calls, forward = iter(range(100)), AudiovisualMAE.forward
+def _break(monkeypatch: pytest.MonkeyPatch, where: str, steps: set[int]) -> None:
+    """Make the loss or the gradient of some steps NaN or infinite (numbered from 1)."""
+    calls, forward = iter(range(1, 100)), AudiovisualMAE.forward
 
     def broken(self: AudiovisualMAE, *args: Any, **kwargs: Any) -> Any:
         out = forward(self, *args, **kwargs)
-        if next(calls) == 5:
+        if next(calls) in steps:
             if where == "loss":
                 object.__setattr__(out, "loss", out.loss * math.nan)
             else:
@@ -191,13 +188,48 @@ def test_non_finite_stops_before_anything_is_saved(
         return out
 
     monkeypatch.setattr(AudiovisualMAE, "forward", broken)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_three_bad_steps_in_a_row_stop_before_anything_is_saved(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Steps 6 to 8: checkpoint 5 stays as it was, there is none after it, the batch is kept."""
     config = make_config()
-    with pytest.raises(NonFiniteError, match=r"grad_norm not finite at step 6"):
+    _break(monkeypatch, where, {6, 7, 8})
+    with pytest.raises(
+        NonFiniteError, match=r"not finite at step 8 \(samples 28 to 31\).*3 in a row"
+    ):
         pretrain(config)
     (saved,) = (config.train.out / "checkpoints").iterdir()
     assert saved.name == "step-00000005"
     weights = load_file(saved / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
+    events = read_lines(config.train.out / "events.jsonl")
+    assert [(e["step"], e["event"], e["first_sample"]) for e in events] == [
+        (6, "skipped", 20),
+        (7, "skipped", 24),
+        (8, "skipped", 28),
+    ]
+    kept = load_file(config.train.out / "failed/step-00000008/model.safetensors")
+    # The three steps have changed nothing.
+    torch.testing.assert_close(kept, weights, rtol=0, atol=0)
+
+
+def test_a_bad_step_is_skipped(
+    make_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The run goes on with what it had, also through a stop, and other steps are not touched."""
+    config = make_config({"log_every": 1})
+    _break(monkeypatch, "gradient", {4, 6, 7})
+    assert pretrain(config).exit_code is None
+    assert "samples 12 to 15): the step is skipped" in caplog.text
+    lines = read_lines(config.train.out / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" not in line] == [4, 6, 7]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
 
 
 def test_folder_with_checkpoints_needs_a_word(make_config: MakeConfig) -> None:

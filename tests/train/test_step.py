@@ -110,6 +110,6 @@ def test_captured_step_follows_the_plain_one(
 
 def test_readback_on_a_cpu_is_at_once() -> None:
     readback = Readback()
-    (read,) = readback.push(7, torch.tensor([1.0, 2.0]))
-    assert (read.step, read.values) == (7, [1.0, 2.0])
+    (read,) = readback.push(7, 28, torch.tensor([1.0, 2.0]))
+    assert (read.step, read.samples, read.values) == (7, 28, [1.0, 2.0])
     assert readback.drain() == []

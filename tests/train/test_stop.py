@@ -16,6 +16,7 @@ from avmae_fast.config import Config
 from avmae_fast.config_file import to_dict
 from avmae_fast.train import pretrain as loop
 from avmae_fast.train.pretrain import pretrain
+from avmae_fast.train.stop import StopRequest
 
 PATIENCE_S = 120
 
@@ -57,7 +58,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume(
         out, err = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
-    assert process.returncode == 130, err
+    assert process.returncode == 75, err
     assert "SIGINT: finishing this step" in err and "Traceback" not in err
     (saved,) = (config.train.out / "checkpoints").iterdir()
     step = int(saved.name.removeprefix("step-"))
@@ -77,6 +78,14 @@ with StopRequest():
     while True:
         time.sleep(0.01)
 """
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_every_signal_asks_for_the_same(number: signal.Signals) -> None:
+    with StopRequest() as stop:
+        assert stop.exit_code is None
+        signal.raise_signal(number)
+        assert stop.exit_code == 75
 
 
 def test_second_ctrl_c_exits_at_once() -> None:
