@@ -8,6 +8,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from avmae_fast import cli_run
+from avmae_fast.cli_run import steps_range
+
 _BAD_INPUT = 2
 _NOT_FINITE = 70  # EX_SOFTWARE
 _CANNOT_WRITE = 73  # EX_CANTCREAT
@@ -29,6 +32,7 @@ _INPUT_ERRORS = {
     "avmae_fast.data.manifest": "ManifestError",
     "avmae_fast.train.checkpoint": "CheckpointError",
     "avmae_fast.train.lock": "LockedError",
+    "avmae_fast.train.memory_advice": "OutOfMemory",
     "avmae_fast.train.run_folder": "RunFolderError",
     "builtins": "FileExistsError",
 }
@@ -67,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_pretrain(commands.add_parser("pretrain", help="pretrain a model", epilog=_EXIT_CODES))
     _add_synth(commands.add_parser("synth", help="make a synthetic set of audiovisual clips"))
     _add_probe(commands.add_parser("probe-files", help="say which media files can be read"))
+    cli_run.add_commands(commands)
     return parser
 
 
@@ -80,6 +85,14 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="set one field, as in --set train.batch=16; may be repeated",
+    )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits in every run on one machine, as --set train.deterministic=true",
+    )
+    parser.add_argument(
+        "--profile", metavar="FIRST:LAST", type=steps_range, help="trace these steps, as in 20:25"
     )
     again = parser.add_mutually_exclusive_group()
     again.add_argument(
@@ -121,7 +134,8 @@ def _pretrain(args: argparse.Namespace) -> int:
     from avmae_fast.config_file import load_config
 
     # Before torch is imported: a typing error is told at once.
-    config = load_config(args.config, args.overrides)
+    overrides = args.overrides + ["train.deterministic=true"] * args.deterministic
+    config = load_config(args.config, overrides)
     # Read when torch loads its thread pool. Threads that spin while they wait make a CPU run ten
     # times slower as soon as another program wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -130,7 +144,7 @@ def _pretrain(args: argparse.Namespace) -> int:
     from avmae_fast.train.run_folder import OutputError
 
     try:
-        outcome = pretrain(config, resume=args.resume, restart=args.restart)
+        outcome = pretrain(config, resume=args.resume, restart=args.restart, profile=args.profile)
     except NonFiniteError as error:
         return _fail(error, _NOT_FINITE)
     except OutputError as error:

@@ -288,7 +288,9 @@ class TrainConfig:
     `batch` counts samples per optimiser step; `accumulate` splits it into as many micro-batches.
     `activation_checkpoint` says which activations are not kept but computed again in the backward
     pass (see `avmae_fast.models.memory`). `cuda_graph` launches each step as CUDA graphs: for
-    steps so small that the host cannot keep up with the GPU.
+    steps so small that the host cannot keep up with the GPU. `deterministic` makes two runs on one
+    machine equal to the bit; the engine's own kernels are so anyway, libraries are slower for it.
+    `wandb` is a project of Weights & Biases to log to as well.
     Exactly one of `steps` and `epochs` is set; `warmup_epochs` or `warmup_steps` likewise.
     """
 
@@ -306,6 +308,7 @@ class TrainConfig:
     clip_grad: float | None = None
     activation_checkpoint: Literal["none", "selective", "full"] = "selective"
     cuda_graph: bool = False
+    deterministic: bool = False
     seed: int = 42
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -314,6 +317,7 @@ class TrainConfig:
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     tensorboard: bool = True
+    wandb: str | None = None
 
     def __post_init__(self) -> None:
         _require_choice("train.device", self.device, Literal["auto", "cpu", "cuda"])

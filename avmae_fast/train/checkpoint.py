@@ -148,7 +148,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put the weights and the optimiser state of a checkpoint that verifies in place."""
-    model.load_state_dict(load_file(path / "model.safetensors"))
+    load_weights(path, model)
     tensors = load_file(path / "optimizer.safetensors")
     scalars = read_state(path)["optimizer"]
     current = optimizer.state_dict()
@@ -159,6 +159,11 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         name, _, field = key.rpartition("/")
         moments[index[name]][field] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": current["param_groups"]})
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Put the weights alone in place."""
+    model.load_state_dict(load_file(path / "model.safetensors"))
 
 
 def set_aside(refused: list[Refused]) -> None:
@@ -188,7 +193,7 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         save_file(tensors, path)
     except SafetensorError as error:
         # It reports a full disk by a number in its text.
-        if code := re.search(r"code: (\d+)", str(error)):
+        if code := re.search(r"(?:os error|code:) (\d+)", str(error)):
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
         raise
 

@@ -1,24 +1,30 @@
 """What a run reports while it runs: metrics.jsonl, TensorBoard and a progress bar.
 
 A line of metrics.jsonl holds `step`, `samples` (seen so far), `loss`, `loss_<modality>` and
-`grad_norm` (means over the steps since the line before), `lr` (of that step), `clips_per_s`,
-`data_wait_fraction` (of the time of those steps) and `time_s` (since the run began, pauses between
-a stop and a resume left out). Validation has a file of its own, validation.jsonl, and so have the
-files that could not be read and had to be substituted, bad_samples.jsonl.
+`grad_norm` (means over the finite steps since the line before; absent if there was none), `lr` (of
+that step), `clips_per_s`, `data_wait_fraction` (of the time of those steps), `mfu` (share of the
+GPU's bf16 peak, null where that is not known) and `time_s` (since the run began, pauses between a
+stop and a resume left out). Validation has a file of its own, validation.jsonl, and so have steps
+that stood out, events.jsonl, and the files that could not be read and had to be substituted,
+bad_samples.jsonl.
 """
 
 import json
 import os
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from tqdm import tqdm
 
 from avmae_fast.config import Config
+from avmae_fast.config_file import to_dict
 from avmae_fast.data.loader import Batch
+from avmae_fast.train.flops import clip_flops, peak_flops
 from avmae_fast.train.run_folder import BAD_SAMPLES, METRICS, TENSORBOARD, VALIDATION, ResumePoint
 
 
@@ -28,9 +34,14 @@ class Metrics:
     Args:
         steps: where the run ends.
         point: where it is resumed; what the earlier run wrote beyond it is dropped.
+        device: what it runs on.
     """
 
-    def __init__(self, config: Config, steps: int, point: ResumePoint | None) -> None:
+    def __init__(
+        self, config: Config, steps: int, point: ResumePoint | None, device: torch.device
+    ) -> None:
+        peak = peak_flops(device)
+        self._mfu_of_one = None if peak is None else clip_flops(config.model) / peak
         self._batch = config.train.batch
         self._folder = config.train.out
         state: dict[str, Any] = {"sums": {}, "count": 0, "time_s": 0.0}
@@ -51,6 +62,7 @@ class Metrics:
 
             folder = self._folder / TENSORBOARD
             self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
+        self._wandb = None if config.train.wandb is None else _start_wandb(config)
         self._bar = tqdm(
             total=steps,
             initial=step,
@@ -68,6 +80,8 @@ class Metrics:
         self._bar.close()
         if self.tensorboard is not None:
             self.tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, with the time spent waiting for them and their bad samples noted."""
@@ -92,12 +106,13 @@ class Metrics:
 
     def write(self, step: int, samples: int, lr: float) -> None:
         """Write one line, the means since the last; without losses if no step was finite."""
-        line: dict[str, float] = {"step": step, "samples": samples}
+        line: dict[str, Any] = {"step": step, "samples": samples}
         if self._count:
             line |= {name: total / self._count for name, total in self._sums.items()}
         line["lr"] = lr
         line["clips_per_s"] = self._timed_steps * self._batch / self._step_s
         line["data_wait_fraction"] = self._wait_s / self._step_s
+        line["mfu"] = self._mfu_of_one and self._mfu_of_one * line["clips_per_s"]
         line["time_s"] = self._elapsed_s()
         _append(self._folder / METRICS, [line])
         self._to_tensorboard("train", line, step)
@@ -119,12 +134,21 @@ class Metrics:
         return time.monotonic() - self._began_s
 
     def _to_tensorboard(self, group: str, values: Mapping[str, float], step: int) -> None:
+        scalars = {
+            f"{group}/{name}": value
+            for name, value in values.items()
+            if name not in ("step", "samples") and value is not None
+        }
         if self.tensorboard is not None:
-            for name in values.keys() - {"step", "samples"}:
-                self.tensorboard.add_scalar(f"{group}/{name}", values[name], step)
+            for name, value in scalars.items():
+                self.tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
 
     def _show(self, step: int, line: Mapping[str, float]) -> None:
         speed = f"{line['clips_per_s']:.1f} clips/s, data wait {line['data_wait_fraction']:.0%}"
+        if line["mfu"] is not None:
+            speed += f", MFU {line['mfu']:.0%}"
         text = f"{_losses(line)}, {speed}"
         self._bar.set_postfix_str(text, refresh=False)
         if self._bar.disable:
@@ -133,6 +157,21 @@ class Metrics:
 
     def _say(self, text: str) -> None:
         tqdm.write(text)
+
+
+def _start_wandb(config: Config) -> Any:
+    """A run of Weights & Biases; one that is resumed goes on under its name."""
+    import wandb
+
+    out = config.train.out.resolve()
+    return wandb.init(
+        project=config.train.wandb,
+        name=out.name,
+        id=f"{zlib.crc32(str(out).encode()):08x}",
+        resume="allow",
+        dir=str(out),
+        config=to_dict(config),
+    )
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -3,8 +3,8 @@
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,12 +13,19 @@ from avmae_fast.config_file import to_dict
 from avmae_fast.data.loader import ClipLoader
 from avmae_fast.data.manifest import ManifestError
 from avmae_fast.models import AudiovisualMAE
-from avmae_fast.train.checkpoint import checkpoint_bytes, load_checkpoint, save_checkpoint
+from avmae_fast.train.checkpoint import (
+    checkpoint_bytes,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
 from avmae_fast.train.export import export_encoder
 from avmae_fast.train.guard import Guard, NonFiniteError
 from avmae_fast.train.inputs import InputStage
+from avmae_fast.train.memory_advice import memory_advice
 from avmae_fast.train.metrics import Metrics
 from avmae_fast.train.optim import ReleasedAdamW, learning_rate, parameter_groups
+from avmae_fast.train.profiler import Profiler
 from avmae_fast.train.readback import Read, Readback
 from avmae_fast.train.recipe import (
     Autocast,
@@ -28,16 +35,21 @@ from avmae_fast.train.recipe import (
     choose_autocast,
     choose_device,
     choose_step,
+    require_wandb,
+    set_determinism,
 )
 from avmae_fast.train.replay import keep_failed
 from avmae_fast.train.report import write_report
 from avmae_fast.train.run_folder import (
     EVENTS,
+    PROFILE,
     ResumePoint,
+    RunFolderError,
     checkpoints_of,
     find_resume_point,
     open_run,
     outputs,
+    read_run,
     versions,
 )
 from avmae_fast.train.step import TrainStep
@@ -71,18 +83,27 @@ class _Run:
     autocast: Autocast
 
 
-def pretrain(config: Config, *, resume: bool = False, restart: bool = False) -> Outcome:
+def pretrain(
+    config: Config,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    profile: tuple[int, int] | None = None,
+) -> Outcome:
     """Pretrain a masked autoencoder as configured; leave its encoder and a report in `train.out`.
 
     Args:
         resume: go on from the newest checkpoint in `train.out` that verifies.
         restart: delete the run that is there and start anew.
+        profile: first and last step of a trace to write below `train.out/profile`.
 
     Raises:
         ConfigError, ManifestError, RunFolderError, CheckpointError: before anything is written.
         TooManyBadFiles, NonFiniteError: while training; checkpoints stay as they are.
     """
     train = config.train
+    require_wandb(train)
+    set_determinism(train)
     device = choose_device(train)
     stage, autocast = InputStage(config, device), choose_autocast(train, device)
     point = find_resume_point(config, resume, restart)
@@ -111,7 +132,9 @@ def pretrain(config: Config, *, resume: bool = False, restart: bool = False) -> 
         run = _Run(config, schedule, model, train_step, stage, autocast)
         step = point.step if point else 0
         if step < schedule.steps:
-            step, exit_code = _train(run, clips, held_out, point)
+            profiler = Profiler(train.out / PROFILE, profile)
+            with memory_advice(train, model, device), profiler:
+                step, exit_code = _train(run, clips, held_out, point, profiler)
             if exit_code is not None:
                 return Outcome(step, exit_code, None)
         else:
@@ -122,6 +145,27 @@ def pretrain(config: Config, *, resume: bool = False, restart: bool = False) -> 
             clips = stack.enter_context(ClipLoader(config, "train"))
         report = write_report(config, model, stage, autocast, clips, held_out)
         return Outcome(step, None, report)
+
+
+def report(out: Path) -> Path:
+    """Write the report of the newest checkpoint of a run anew; returns its page.
+
+    Raises:
+        RunFolderError, CheckpointError: there is no run in `out`, or no checkpoint that verifies.
+        ConfigError, ManifestError: its clips are not there any more.
+    """
+    config = read_run(out)
+    config = replace(config, train=replace(config.train, out=out))
+    point = find_resume_point(config, resume=True, restart=False)
+    if point is None:
+        raise RunFolderError(f"{str(out)!r} holds no checkpoint to report on")
+    device = choose_device(config.train)
+    model = build_model(config, device)
+    load_weights(point.path, model)
+    stage, autocast = InputStage(config, device), choose_autocast(config.train, device)
+    held_out = _held_out_clips(config)
+    with ClipLoader(config, "train") as clips, held_out or nullcontext():
+        return write_report(config, model, stage, autocast, clips, held_out)
 
 
 def _held_out_clips(config: Config) -> ClipLoader | None:
@@ -135,19 +179,25 @@ def _held_out_clips(config: Config) -> ClipLoader | None:
 
 
 def _train(
-    run: _Run, clips: ClipLoader, held_out: ClipLoader | None, point: ResumePoint | None
+    run: _Run,
+    clips: ClipLoader,
+    held_out: ClipLoader | None,
+    point: ResumePoint | None,
+    profiler: Profiler,
 ) -> tuple[int, int | None]:
     """Train to the end or until asked to stop; the steps done and, if asked, the exit code."""
     train, schedule = run.config.train, run.schedule
     step, samples = (point.step, point.samples) if point else (0, 0)
     saved = point.state.get("guard") if point else None
     guard = Guard(train.out / EVENTS, run.step.names, train.batch, saved)
-    with Metrics(run.config, schedule.steps, point) as metrics, StopRequest() as stop:
+    device = run.stage.device
+    with Metrics(run.config, schedule.steps, point, device) as metrics, StopRequest() as stop:
         batches, readback = metrics.watch(iter(clips)), Readback()
         while step < schedule.steps:
             # Before the step, so that a run resumed here validates here.
             if held_out is not None and train.val_every and step and step % train.val_every == 0:
                 validate(run.model, held_out, run.stage, run.autocast, metrics, step)
+            profiler.before(step + 1)
             began_s = time.monotonic()
             lr = learning_rate(step, schedule.peak_lr, schedule.steps, schedule.warmup_steps)
             values = run.step(map(run.stage, islice(batches, train.accumulate)), lr)

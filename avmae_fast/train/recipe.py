@@ -1,7 +1,9 @@
 """What a configuration comes to on this machine and this data set: steps, device, precision."""
 
+import os
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
@@ -104,6 +106,26 @@ def choose_step(train: TrainConfig, device: torch.device) -> type[TrainStep]:
             "run on a GPU"
         )
     return CapturedStep if train.cuda_graph else TrainStep
+
+
+def require_wandb(train: TrainConfig) -> None:
+    """Raise ConfigError if a run is to be logged to a package that is not installed."""
+    if train.wandb is not None and find_spec("wandb") is None:
+        raise ConfigError(
+            f"train.wandb = {train.wandb!r} is not valid without the package wandb: "
+            "pip install wandb"
+        )
+
+
+def set_determinism(train: TrainConfig) -> None:
+    """Make libraries choose algorithms that give the same bits every time, if asked to."""
+    if not train.deterministic:
+        return
+    # Read when cuBLAS is first used: without it, it may share its workspace between streams.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory it has not written; filling it would only cost time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def check_kernels(model: ModelConfig, device: torch.device, autocast: Autocast) -> None:

@@ -18,13 +18,11 @@ from typing import Any, Literal
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from avmae_fast.config import Config
-from avmae_fast.config_file import from_dict
 from avmae_fast.data.loader import ClipLoader
 from avmae_fast.train.guard import NonFiniteError
 from avmae_fast.train.inputs import InputStage
 from avmae_fast.train.recipe import Autocast, build_model, choose_autocast, choose_device
-from avmae_fast.train.run_folder import FAILED, RUN, RunFolderError
+from avmae_fast.train.run_folder import FAILED, RunFolderError, read_run
 
 _RECORD = "failed.json"
 _WEIGHTS = "model.safetensors"
@@ -76,7 +74,7 @@ def replay(out: Path, device: Literal["auto", "cpu", "cuda"] = "auto") -> Iterat
         RunFolderError: the folder holds no run, or none that was stopped by a failed step.
         ConfigError, ManifestError: the data is not there any more.
     """
-    config, folder = _read_run(out), _newest(out)
+    config, folder = read_run(out), _newest(out)
     config = replace(config, train=replace(config.train, device=device, batch=1, accumulate=1))
     record = json.loads((folder / _RECORD).read_text())
     where = choose_device(config.train)
@@ -98,7 +96,7 @@ def _run(model: nn.Module, inputs: dict[str, Any], autocast: Autocast, sample: i
         for name, p in model.named_parameters()
         if p.grad is not None and not p.grad.isfinite().all()
     ]
-    return Replayed(sample, float(loss), found[0] if found else None, broken)
+    return Replayed(sample, loss.item(), found[0] if found else None, broken)
 
 
 @contextmanager
@@ -129,13 +127,6 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, tuple | list):
         for item in output:
             yield from _tensors(item)
-
-
-def _read_run(out: Path) -> Config:
-    try:
-        return from_dict(json.loads((out / RUN).read_text())["config"])
-    except (OSError, ValueError, KeyError) as error:
-        raise RunFolderError(f"{str(out)!r} is not the folder of a run: no {RUN} in it") from error
 
 
 def _newest(out: Path) -> Path:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from avmae_fast.config import Config
-from avmae_fast.config_file import differing_fields, to_dict
+from avmae_fast.config_file import differing_fields, from_dict, to_dict
 from avmae_fast.train.checkpoint import (
     CheckpointError,
     Refused,
@@ -43,6 +43,7 @@ VALIDATION = "validation.jsonl"
 EVENTS = "events.jsonl"
 BAD_SAMPLES = "bad_samples.jsonl"
 TENSORBOARD = "tensorboard"
+PROFILE = "profile"
 REPORT = "report"
 FAILED = "failed"
 _CHECKPOINTS = "checkpoints"
@@ -51,6 +52,8 @@ RUN = "run.json"
 _CONTENTS = (
     _CHECKPOINTS,
     TENSORBOARD,
+    PROFILE,
+    "wandb",
     REPORT,
     METRICS,
     VALIDATION,
@@ -214,6 +217,18 @@ def _write_down(config: Config, point: ResumePoint | None) -> None:
     if point is not None and point.refused:
         logger.warning("refused %s", "; ".join(map(str, point.refused)))
         set_aside(point.refused)
+
+
+def read_run(out: Path) -> Config:
+    """The configuration a run was last started with.
+
+    Raises:
+        RunFolderError: there is no run in the folder.
+    """
+    try:
+        return from_dict(json.loads((out / RUN).read_text())["config"])
+    except (OSError, ValueError, KeyError) as error:
+        raise RunFolderError(f"{str(out)!r} is not the folder of a run: no {RUN} in it") from error
 
 
 def versions() -> dict[str, str]:

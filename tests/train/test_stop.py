@@ -1,16 +1,15 @@
 """Ctrl-C from outside, as a terminal sends it: to the whole process group."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from command_options import overrides
 
 from avmae_fast.config import Config
 from avmae_fast.config_file import to_dict
@@ -19,16 +18,6 @@ from avmae_fast.train.pretrain import pretrain
 from avmae_fast.train.stop import StopRequest
 
 PATIENCE_S = 120
-
-
-def _overrides(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """A whole configuration as options of the command."""
-    for name, value in table.items():
-        if isinstance(value, dict):
-            yield from _overrides(value, f"{prefix}{name}.")
-        else:
-            text = "none" if value is None else json.dumps(value)
-            yield from ("--set", f"{prefix}{name}={text}")
 
 
 def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
@@ -45,7 +34,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_resume(
     config = make_config({"steps": 100_000, "checkpoint_every": 100_000}, {"workers": 1})
     command = [sys.executable, "-m", "avmae_fast.cli", "pretrain", "demo"]
     process = subprocess.Popen(
-        [*command, *_overrides(to_dict(config))],
+        [*command, *overrides(to_dict(config))],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

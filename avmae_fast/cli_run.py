@@ -1,0 +1,49 @@
+"""Commands about a run that is there: its report once more, and the batch that stopped it."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_commands(commands: Any) -> None:
+    """Add `report` and `replay-batch` to the parser's commands."""
+    report = commands.add_parser("report", help="write the report of a run anew")
+    report.description = "Measure the newest checkpoint of a run and write its report anew."
+    report.add_argument("run_folder", metavar="RUN", type=Path, help="train.out of the run")
+    report.set_defaults(run=_report)
+    replay = commands.add_parser("replay-batch", help="look at the batch that stopped a run")
+    replay.description = (
+        "Run the samples of the step that stopped a run one by one, and say which of them and "
+        "which layer is not finite. Exit code 1 if one is."
+    )
+    replay.add_argument("run_folder", metavar="RUN", type=Path, help="train.out of the run")
+    replay.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    replay.set_defaults(run=_replay)
+
+
+def steps_range(text: str) -> tuple[int, int]:
+    """`FIRST:LAST` as two step numbers, for argparse."""
+    first, separator, last = text.partition(":")
+    if not separator or not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not valid: it must be FIRST:LAST, two step numbers from 1 on, as in 20:25"
+        )
+    return int(first), int(last)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from avmae_fast.train.pretrain import report
+
+    report(args.run_folder)
+    return 0
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from avmae_fast.train.replay import replay
+
+    broken = 0
+    for one in replay(args.run_folder, args.device):
+        broken += not one.finite
+        print(one)
+    print(f"{broken} samples not finite" if broken else "every sample by itself is finite")
+    return 1 if broken else 0
