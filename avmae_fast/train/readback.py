@@ -10,11 +10,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Read:
-    """The values of one step, on the host; `samples` were seen when it was done."""
+    """The values of one step, on the host.
+
+    samples: how many were seen when it was done.
+    values: in the order of `TrainStep.names`.
+    stop_asked, failed: whether any process was asked to stop, or had no batch to train on.
+    """
 
     step: int
     samples: int
     values: list[float]
+    stop_asked: bool = False
+    failed: bool = False
+
+    @classmethod
+    def of(cls, step: int, samples: int, values: list[float]) -> "Read":
+        """From what `TrainStep` returns."""
+        *values, stop_asked, failed = values
+        return cls(step, samples, values, stop_asked > 0, failed > 0)
 
 
 class Readback:
@@ -29,7 +42,7 @@ class Readback:
     def push(self, step: int, samples: int, values: Tensor) -> list[Read]:
         """Note the values of the step just launched; returns those of the steps before it."""
         if not values.is_cuda:
-            return [Read(step, samples, values.tolist())]
+            return [Read.of(step, samples, values.tolist())]
         before = self.drain()
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         host.copy_(values, non_blocking=True)
@@ -44,5 +57,5 @@ class Readback:
         while self._waiting:
             step, samples, host, event = self._waiting.popleft()
             event.synchronize()
-            reads.append(Read(step, samples, host.tolist()))
+            reads.append(Read.of(step, samples, host.tolist()))
         return reads

@@ -5,16 +5,17 @@ and heeded on the device, so the host need not wait for a step before it launche
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from avmae_fast.models import AudiovisualMAE, TokenMask
+from avmae_fast.train.distributed import average, gradients_stay, like, whole
 from avmae_fast.train.optim import ReleasedAdamW, set_learning_rate
 
 Autocast = Callable[[], AbstractContextManager[object]]
@@ -27,8 +28,10 @@ class TrainStep:
     Args:
         accumulate: micro-batches a step; their gradients are averaged.
         clip_grad: largest norm of the gradient, None for no limit.
+        called: what is called in place of the model where several processes train it.
 
-    names: what the values of a step are: `loss`, `loss_<modality>`, `grad_norm` before clipping.
+    names: what the values of a step are: `loss`, `loss_<modality>`, `grad_norm` before clipping;
+        two flags follow them, see `Read`.
     """
 
     def __init__(
@@ -38,43 +41,71 @@ class TrainStep:
         autocast: Autocast,
         accumulate: int = 1,
         clip_grad: float | None = None,
+        called: nn.Module | None = None,
     ) -> None:
         self.model, self.optimizer, self.autocast = model, optimizer, autocast
+        self.called = model if called is None else called
         self.accumulate = accumulate
         self.clip_limit = math.inf if clip_grad is None else clip_grad
         self.names = ("loss", *(f"loss_{m}" for m in model.config.modalities), "grad_norm")
         device = next(model.parameters()).device
-        self._losses = torch.zeros(len(self.names) - 1, dtype=torch.float64, device=device)
+        # Means over micro-batches, then the two flags.
+        self._tally = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=device)
+        self._last: Inputs | None = None
 
-    def __call__(self, micro_batches: Iterable[Inputs], lr: float) -> Tensor:
+    def __call__(
+        self, micro_batches: Iterator[Inputs], lr: float, stop_asked: bool = False
+    ) -> Tensor:
         """Do one step over `accumulate` micro-batches, arguments of the model each.
 
+        Where the batches of one of several processes end in an error, its step is done with what
+        it had before, so that the others do not wait for it for ever, and changes nothing anywhere;
+        they see the flag, and the error goes on its way here.
+
         Returns:
-            The values of the step, float64, in the order of `names`, on the model's device.
+            The values of the step, float64, in the order of `names`, and the flags, on the model's
+            device: means over all processes.
         """
         set_learning_rate(self.optimizer, lr)
-        for number, inputs in enumerate(micro_batches):
-            self._backward(inputs, first=number == 0)
-        return self._update()
+        error = None
+        for number in range(self.accumulate):
+            try:
+                inputs = next(micro_batches)
+            except Exception as raised:
+                if self.called is self.model or self._last is None:
+                    raise
+                error, inputs = raised, self._last
+            self._backward(inputs, number == 0, number == self.accumulate - 1)
+            self._last = inputs if self.called is not self.model else None
+        self._tally[-2].fill_(float(stop_asked))
+        self._tally[-1].fill_(float(error is not None))
+        values = self._update()
+        if error is not None:
+            raise error
+        return values
 
-    def _backward(self, inputs: Inputs, first: bool) -> None:
+    def _backward(self, inputs: Inputs, first: bool, last: bool) -> None:
         """Add a micro-batch's gradient and losses to those of the step."""
         if first:
             self.optimizer.zero_grad()
-            self._losses.zero_()
-        with self.autocast():
-            out = self.model(**inputs)
-        (out.loss / self.accumulate).backward()
+            self._tally.zero_()
+        with gradients_stay(self.called, not last):
+            with self.autocast():
+                out = self.called(**inputs)
+            (out.loss / self.accumulate).backward()
         losses = torch.stack([out.loss, *(out.losses[m] for m in self.model.config.modalities)])
-        self._losses.add_(losses.detach(), alpha=1 / self.accumulate)
+        self._tally[:-2].add_(losses.detach(), alpha=1 / self.accumulate)
 
     def _update(self) -> Tensor:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        sharded_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.clip_limit < math.inf:
-            clip_grads_with_norm_(parameters, self.clip_limit, norm)
-        values = torch.cat([self._losses, norm[None]])
-        self.optimizer.step(found_inf=values.isfinite().all().logical_not().float())
+            clip_grads_with_norm_(parameters, self.clip_limit, sharded_norm)
+        average(self._tally)
+        norm = whole(sharded_norm).double()
+        values = torch.cat([self._tally[:-2], norm[None], self._tally[-2:]])
+        wrong = values.isfinite().all().logical_not() | (values[-1] > 0)
+        self.optimizer.step(found_inf=like(parameters[0], wrong.float()))
         return values
 
 
@@ -96,17 +127,20 @@ class CapturedStep(TrainStep):
         self._inputs: Inputs = {}
         self._replays: list[Callable[[], None]] = []
 
-    def __call__(self, micro_batches: Iterable[Inputs], lr: float) -> Tensor:
+    def __call__(
+        self, micro_batches: Iterator[Inputs], lr: float, stop_asked: bool = False
+    ) -> Tensor:
         if self._eager_left:
             self._eager_left -= 1
             # Where the capture will be, or autograd would order two streams inside of it.
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                values = super().__call__(micro_batches, lr)
+                values = super().__call__(micro_batches, lr, stop_asked)
             torch.cuda.current_stream().wait_stream(self._stream)
             return values
         set_learning_rate(self.optimizer, lr)
-        for number, inputs in enumerate(micro_batches):
+        for number in range(self.accumulate):
+            inputs = next(micro_batches)
             if not self._replays:
                 self._capture(inputs)
             _overwrite(self._inputs, inputs)
@@ -122,10 +156,10 @@ class CapturedStep(TrainStep):
         def update() -> None:
             self._values = self._update()
 
-        first = _record(lambda: self._backward(self._inputs, True), pool, self._stream)
+        first = _record(lambda: self._backward(self._inputs, True, True), pool, self._stream)
         again = first
         if self.accumulate > 1:
-            again = _record(lambda: self._backward(self._inputs, False), pool, self._stream)
+            again = _record(lambda: self._backward(self._inputs, False, True), pool, self._stream)
         self._replays = [first, again, _record(update, pool, self._stream)]
 
 

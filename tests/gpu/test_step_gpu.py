@@ -39,7 +39,7 @@ def _train(step_type: type[TrainStep], accumulate: int, checkpoint: str, decodin
         batches = [_batch(config, accumulate * number + i) for i in range(accumulate)]
         if number == STEPS - 2:
             batches[-1]["audio"][0] = float("nan")
-        reads += readback.push(number, step(batches, 1e-3 * (number + 1)))
+        reads += readback.push(number, step(iter(batches), 1e-3 * (number + 1)))
     return reads + readback.drain(), model.state_dict()
 
 
