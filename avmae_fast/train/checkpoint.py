@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from avmae_fast.train.snapshot import Snapshot
 
 _FORMAT = 1
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -50,8 +51,7 @@ class Refused:
 def save_checkpoint(
     folder: Path,
     step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    snapshot: Snapshot,
     state: Mapping[str, Any],
     keep: int,
 ) -> Path:
@@ -71,10 +71,9 @@ def save_checkpoint(
     partial = folder / f"{_PARTIAL}{path.name}"
     partial.mkdir(parents=True)
     try:
-        tensors, scalars = _flatten(model, optimizer)
-        _save_tensors(_on_host(model.state_dict()), partial / "model.safetensors")
-        _save_tensors(_on_host(tensors), partial / "optimizer.safetensors")
-        contents = {"format": _FORMAT, "step": step, **state, "optimizer": scalars}
+        _save_tensors(snapshot.weights, partial / "model.safetensors")
+        _save_tensors(snapshot.moments, partial / "optimizer.safetensors")
+        contents = {"format": _FORMAT, "step": step, **state, "optimizer": snapshot.scalars}
         (partial / "state.json").write_text(json.dumps(contents, indent=1))
         _seal(partial)
         os.rename(partial, path)
@@ -146,24 +145,15 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the weights and the optimiser state of a checkpoint that verifies in place."""
-    load_weights(path, model)
-    tensors = load_file(path / "optimizer.safetensors")
-    scalars = read_state(path)["optimizer"]
-    current = optimizer.state_dict()
-    names = _parameter_names(model, optimizer)
-    moments: dict[int, dict[str, Any]] = {i: dict(scalars.get(n, {})) for i, n in names.items()}
-    index = {name: i for i, name in names.items()}
-    for key, tensor in tensors.items():
-        name, _, field = key.rpartition("/")
-        moments[index[name]][field] = tensor
-    optimizer.load_state_dict({"state": moments, "param_groups": current["param_groups"]})
+def load_checkpoint(path: Path) -> Snapshot:
+    """What a checkpoint that verifies keeps."""
+    moments = load_file(path / "optimizer.safetensors")
+    return Snapshot(load_weights(path), moments, read_state(path)["optimizer"])
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Put the weights alone in place."""
-    model.load_state_dict(load_file(path / "model.safetensors"))
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The weights alone, by state-dict name."""
+    return load_file(path / "model.safetensors")
 
 
 def set_aside(refused: list[Refused]) -> None:
@@ -230,33 +220,6 @@ def _prune(folder: Path, written: Path, keep: int) -> None:
 def _remove_partials(folder: Path) -> None:
     for leftover in folder.glob(f"{_PARTIAL}*"):
         shutil.rmtree(leftover)
-
-
-def _flatten(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """Optimiser state as tensors by "<parameter>/<key>" and numbers by parameter and key."""
-    names = _parameter_names(model, optimizer)
-    tensors: dict[str, Tensor] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    for index, fields in optimizer.state_dict()["state"].items():
-        for key, value in fields.items():
-            if isinstance(value, Tensor):
-                tensors[f"{names[index]}/{key}"] = value
-            else:
-                scalars.setdefault(names[index], {})[key] = value
-    return tensors, scalars
-
-
-def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, str]:
-    """Name of each parameter by the number an optimiser's state_dict gives it."""
-    name_of = {parameter: name for name, parameter in model.named_parameters()}
-    ordered = [p for group in optimizer.param_groups for p in group["params"]]
-    return {i: name_of[p] for i, p in enumerate(ordered)}
-
-
-def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _crc32(path: Path) -> str:

@@ -52,6 +52,7 @@ from avmae_fast.train.run_folder import (
     read_run,
     versions,
 )
+from avmae_fast.train.snapshot import Snapshot
 from avmae_fast.train.step import TrainStep
 from avmae_fast.train.stop import StopRequest
 from avmae_fast.train.validate import validate
@@ -128,7 +129,7 @@ def pretrain(
         stack.enter_context(open_run(config, point, restart, size))
         stack.enter_context(outputs(train.out))
         if point is not None:
-            load_checkpoint(point.path, model, optimizer)
+            load_checkpoint(point.path).restore(model, optimizer)
         run = _Run(config, schedule, model, train_step, stage, autocast)
         step = point.step if point else 0
         if step < schedule.steps:
@@ -161,7 +162,7 @@ def report(out: Path) -> Path:
         raise RunFolderError(f"{str(out)!r} holds no checkpoint to report on")
     device = choose_device(config.train)
     model = build_model(config, device)
-    load_weights(point.path, model)
+    model.load_state_dict(load_weights(point.path))
     stage, autocast = InputStage(config, device), choose_autocast(config.train, device)
     held_out = _held_out_clips(config)
     with ClipLoader(config, "train") as clips, held_out or nullcontext():
@@ -242,4 +243,5 @@ def _save(run: _Run, guard: Guard, metrics: Metrics, step: int, samples: int) ->
     }
     train = run.config.train
     folder = checkpoints_of(run.config)
-    save_checkpoint(folder, step, run.model, run.step.optimizer, state, train.keep_checkpoints)
+    snapshot = Snapshot.of(run.model, run.step.optimizer)
+    save_checkpoint(folder, step, snapshot, state, train.keep_checkpoints)

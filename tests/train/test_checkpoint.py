@@ -18,6 +18,7 @@ from avmae_fast.train.checkpoint import (
     steps_saved,
 )
 from avmae_fast.train.optim import ReleasedAdamW, parameter_groups
+from avmae_fast.train.snapshot import Snapshot
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
@@ -41,7 +42,7 @@ def _train_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _save(folder: Path, step: int, trained: tuple, keep: int = 2) -> Path:
-    return save_checkpoint(folder, step, *trained, {"samples": 4 * step}, keep)
+    return save_checkpoint(folder, step, Snapshot.of(*trained), {"samples": 4 * step}, keep)
 
 
 def _flip_bit(path: Path, at: int) -> None:
@@ -58,7 +59,7 @@ def test_load_gives_back_weights_and_moments(tmp_path: Path, trained: tuple) -> 
     torch.manual_seed(1)
     other = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
     other_optimizer = ReleasedAdamW(parameter_groups(other), lr=0.1)
-    load_checkpoint(path, other, other_optimizer)
+    load_checkpoint(path).restore(other, other_optimizer)
     # One more step uses everything that was saved.
     _train_step(model, optimizer)
     _train_step(other, other_optimizer)
@@ -73,7 +74,7 @@ def test_moments_go_by_name_not_by_order(tmp_path: Path, trained: tuple) -> None
     model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
     groups = [{"params": list(reversed(list(model.parameters())))}]
     optimizer = ReleasedAdamW(groups, lr=0.1)
-    load_checkpoint(path, model, optimizer)
+    load_checkpoint(path).restore(model, optimizer)
     for (name, a), b in zip(trained[0].named_parameters(), model.parameters(), strict=True):
         assert torch.equal(trained[1].state[a]["exp_avg"], optimizer.state[b]["exp_avg"]), name
 

@@ -1,0 +1,86 @@
+"""Weights and optimiser state as whole tensors on the host, whatever processes hold them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from avmae_fast.train.distributed import whole
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint keeps of a model and its optimiser.
+
+    weights: by state-dict name. moments: optimiser state by "<parameter>/<key>".
+    scalars: the rest of that state, numbers by parameter and key.
+    """
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    scalars: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True
+    ) -> "Snapshot":
+        """Gather it; with several processes all must ask, and those that do not `keep` get none."""
+        names = _parameter_names(model, optimizer)
+        moments: dict[str, Tensor] = {}
+        scalars: dict[str, dict[str, Any]] = {}
+        for index, fields in optimizer.state_dict()["state"].items():
+            for key, value in fields.items():
+                if isinstance(value, Tensor):
+                    moments[f"{names[index]}/{key}"] = value
+                else:
+                    scalars.setdefault(names[index], {})[key] = value
+        return cls(_on_host(model.state_dict(), keep), _on_host(moments, keep), scalars)
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Put it in place; each process takes its part of what is sharded."""
+        restore_weights(self.weights, model)
+        names = _parameter_names(model, optimizer)
+        index = {name: i for i, name in names.items()}
+        parameters = dict(model.named_parameters())
+        state: dict[int, dict[str, Any]] = {
+            i: dict(self.scalars.get(name, {})) for i, name in names.items()
+        }
+        for key, tensor in self.moments.items():
+            name, _, field = key.rpartition("/")
+            state[index[name]][field] = _part_of(tensor, parameters[name])
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def restore_weights(weights: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Put whole weights in place; each process takes its part of what is sharded."""
+    current = model.state_dict()
+    parts = {n: _part_of(x, current[n]) if n in current else x for n, x in weights.items()}
+    model.load_state_dict(parts)
+
+
+def _part_of(tensor: Tensor, like: Tensor) -> Tensor:
+    # A step count belongs to a sharded parameter too, and is whole.
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    on_device = tensor.to(like.device)
+    return distribute_tensor(on_device, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _on_host(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    host = {}
+    for name, tensor in tensors.items():
+        gathered = whole(tensor.detach())
+        if keep:
+            host[name] = gathered.cpu().contiguous()
+    return host
+
+
+def _parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, str]:
+    """Name of each parameter by the number an optimiser's state_dict gives it."""
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    return {i: name_of[p] for i, p in enumerate(ordered)}
