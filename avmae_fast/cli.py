@@ -25,6 +25,7 @@ _INPUT_ERRORS = {
     "avmae_fast.data.bad_files": "TooManyBadFiles",
     "avmae_fast.data.clip": "ClipError",
     "avmae_fast.data.manifest": "ManifestError",
+    "avmae_fast.data.workers": "LoaderFailed",
     "avmae_fast.train.checkpoint": "CheckpointError",
     "avmae_fast.train.run_folder": "RunFolderError",
     "builtins": "FileExistsError",

@@ -19,7 +19,6 @@ from avmae_fast.data.samples import SampleSpec, Source, cut_into, open_source
 from avmae_fast.data.stages import stage
 from avmae_fast.data.workers import Watch
 
-
 # Path, kind and detail of a ClipError. Kept itself, an error would keep the frames that it passed,
 # and the pictures in them.
 _Why = tuple[str, ErrorKind, str]

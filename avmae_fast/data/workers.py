@@ -5,9 +5,10 @@ kill it: tasks are pure functions of their content, so another worker does them 
 """
 
 import atexit
-import ctypes
+import fcntl
 import logging
 import multiprocessing
+import os
 import signal
 import time
 import traceback
@@ -47,7 +48,6 @@ _POLL_S = 0.5
 # How long a worker may take to end: by itself, and when it is killed. A process that waits for
 # storage that does not answer cannot be killed.
 _GRACE_S, _KILL_S = 1.0, 10.0
-_PR_SET_PDEATHSIG = 1
 
 TaskT = TypeVar("TaskT")
 ReplyT = TypeVar("ReplyT")
@@ -160,14 +160,16 @@ class _Worker(Generic[TaskT]):
         self.ready = False
         self.heard_s = time.monotonic()
         self.pipe, theirs = context.Pipe()
+        their_lifeline, self._lifeline = context.Pipe(duplex=False)
         self.process = context.Process(
             target=_work,
-            args=(number, job, theirs, board),
+            args=(number, job, theirs, their_lifeline, board),
             name=f"avmae_fast loader {number}",
             daemon=True,
         )
         self.process.start()
         theirs.close()
+        their_lifeline.close()
 
     def give(self, number: int, generation: int, task: TaskT) -> None:
         if not self.tasks:
@@ -190,6 +192,11 @@ class _Worker(Generic[TaskT]):
         except (EOFError, OSError):
             pass
         return messages
+
+    def hang_up(self) -> None:
+        """Tell it that nobody needs it any more."""
+        self.pipe.close()
+        self._lifeline.close()
 
     def kill(self) -> bool:
         """End it by force; False where that does not work."""
@@ -337,7 +344,7 @@ class ProcessPool(Generic[TaskT, ReplyT]):
 
     def _replace(self, worker: _Worker[TaskT]) -> None:
         """Start another worker, which knows all excluded records, with the same tasks."""
-        worker.pipe.close()
+        worker.hang_up()
         self._board.clear(worker.number)
         replacement = self._start(worker.number)
         self._workers[self._workers.index(worker)] = replacement
@@ -360,9 +367,9 @@ class ProcessPool(Generic[TaskT, ReplyT]):
         return self._board.seconds()
 
     def close(self) -> None:
-        """End the workers: those that do not end when their pipe closes by force."""
+        """End the workers."""
         for worker in self._workers:
-            worker.pipe.close()
+            worker.hang_up()
         deadline_s = time.monotonic() + _GRACE_S
         for worker in self._workers:
             worker.process.join(max(0.0, deadline_s - time.monotonic()))
@@ -390,9 +397,11 @@ def _context() -> ForkServerContext:
     return context
 
 
-def _work(number: int, job: Job[TaskT, ReplyT], pipe: Connection, board: Board) -> None:
+def _work(
+    number: int, job: Job[TaskT, ReplyT], pipe: Connection, lifeline: Connection, board: Board
+) -> None:
     """What a worker does from its start to its end, which is the end of the pipe."""
-    _settle_in()
+    _settle_in(lifeline)
     try:
         pipe.send(None)
         while True:
@@ -414,16 +423,22 @@ def _work(number: int, job: Job[TaskT, ReplyT], pipe: Connection, board: Board) 
         pass  # the pipe is closed: the loader is, or the training process has ended
 
 
-def _settle_in() -> None:
+def _settle_in(lifeline: Connection) -> None:
     """One thread; signals left to the training process; no life without it.
 
-    Ctrl-C reaches the whole process group; the training process decides when to stop. When it is
-    killed the fork server ends, and with it, by PR_SET_PDEATHSIG, a worker that hangs in a decoder.
+    Ctrl-C reaches the whole process group; the training process decides when to stop. However that
+    ends, the kernel closes its end of the lifeline and sends the SIGIO that was asked for here,
+    which ends even a worker that hangs in a decoder and never gets back to Python.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    file = lifeline.fileno()
+    fcntl.fcntl(file, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_ASYNC)
+    if lifeline.poll():  # it was closed before
+        os._exit(0)
 
 
 _OPEN: "weakref.WeakSet[ProcessPool[Any, Any]]" = weakref.WeakSet()

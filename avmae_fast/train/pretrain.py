@@ -13,13 +13,13 @@ from torch.nn.utils import clip_grad_norm_
 
 from avmae_fast.config import Config
 from avmae_fast.config_file import to_dict
-from avmae_fast.data.loader import Batch, ClipLoader
+from avmae_fast.data.loader import ClipLoader
 from avmae_fast.data.manifest import ManifestError
 from avmae_fast.models import AudiovisualMAE
 from avmae_fast.train.checkpoint import load_checkpoint, save_checkpoint
 from avmae_fast.train.export import export_encoder
-from avmae_fast.train.inputs import InputStage
-from avmae_fast.train.metrics import Metrics
+from avmae_fast.train.inputs import Inputs, InputStage
+from avmae_fast.train.metrics import Metrics, files_to_exclude
 from avmae_fast.train.optim import ReleasedAdamW, learning_rate, parameter_groups
 from avmae_fast.train.recipe import (
     Autocast,
@@ -86,7 +86,9 @@ def pretrain(config: Config, *, resume: bool = False, restart: bool = False) -> 
     stage, autocast = InputStage(config, device), choose_autocast(train, device)
     point = find_resume_point(config, resume, restart)
     with ExitStack() as stack:
-        clips = stack.enter_context(ClipLoader(config, "train", point.samples if point else 0))
+        samples = point.samples if point else 0
+        excluded = files_to_exclude(train.out, samples)
+        clips = stack.enter_context(ClipLoader(config, "train", samples, excluded=excluded))
         schedule = Schedule.of(train, len(clips.manifest))
         held_out = _held_out_clips(config)
         if held_out is not None:
@@ -134,14 +136,14 @@ def _train(
     train, schedule = run.config.train, run.schedule
     step, samples = (point.step, point.samples) if point else (0, 0)
     with Metrics(run.config, schedule.steps, point) as metrics, StopRequest() as stop:
-        batches = metrics.watch(iter(clips))
+        inputs = run.stage.ahead(metrics.watch(iter(clips)))
         while step < schedule.steps:
             # Before the step, so that a run resumed here validates here.
             if held_out is not None and train.val_every and step and step % train.val_every == 0:
                 validate(run.model, held_out, run.stage, run.autocast, metrics, step)
             began_s = time.monotonic()
             lr = learning_rate(step, schedule.peak_lr, schedule.steps, schedule.warmup_steps)
-            values = _step(run, batches, lr, step)
+            values = _step(run, inputs, lr, step)
             step, samples = step + 1, samples + train.batch
             metrics.add(values, time.monotonic() - began_s)
             # Read once: a signal from here on is the next step's.
@@ -156,15 +158,15 @@ def _train(
     return step, None
 
 
-def _step(run: _Run, batches: Iterator[Batch], lr: float, step: int) -> dict[str, float]:
+def _step(run: _Run, inputs: Iterator[Inputs], lr: float, step: int) -> dict[str, float]:
     """One optimiser step over `accumulate` micro-batches; its losses and gradient norm."""
     train = run.config.train
     micro_losses = []
     run.optimizer.zero_grad()
     for _ in range(train.accumulate):
-        inputs = run.stage(next(batches))
+        batch = next(inputs)
         with run.autocast():
-            out = run.model(**inputs)
+            out = run.model(**batch)
         (out.loss / train.accumulate).backward()
         micro_losses.append(torch.stack([out.loss, *out.losses.values()]).detach())
     limit = math.inf if train.clip_grad is None else train.clip_grad

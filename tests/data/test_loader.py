@@ -11,72 +11,17 @@ from multiprocessing import active_children
 import numpy as np
 import pytest
 import torch
-from media import shown_index, tone, truncate, write_clip
+from loader_cases import AUDIO, GOOD, ROWS, VIDEO
+from loader_cases import assert_same as _assert_same
+from loader_cases import make_config as _config
+from loader_cases import take as _take
+from media import shown_index
 
-from avmae_fast.config import (
-    AudioConfig,
-    Config,
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    TrainConfig,
-    VideoConfig,
-)
+from avmae_fast.config import ConfigError
 from avmae_fast.data import loader as loader_module
 from avmae_fast.data.bad_files import TooManyBadFiles
 from avmae_fast.data.loader import ClipLoader
 from avmae_fast.data.manifest import ManifestError
-
-VIDEO = VideoConfig(frames=4, height=64, width=64, tubelet=(2, 16, 16))
-AUDIO = AudioConfig(frames=64)
-
-
-@pytest.fixture(scope="session")
-def clips(tmp_path_factory):
-    """A folder of ten clips of 1 to 2 s and bad ones, whose sound is the number of the sample."""
-    folder = tmp_path_factory.mktemp("clips")
-    for i in range(10):
-        frames = 25 + 3 * i
-        # Lossless, so that every sample says which one it is.
-        ramp = np.arange(frames * 640, dtype=np.float32) / 65536
-        path = folder / f"{i}.mov"
-        write_clip(path, frames=frames, size=(64, 64), sound=ramp, audio_codec="pcm_s16le")
-    write_clip(folder / "aac.mp4", size=(64, 80), rate=44100, channels=2)
-    write_clip(folder / "no_sound.mp4", size=(64, 64), sound=np.zeros(0, np.float32))
-    write_clip(folder / "sound_only.mov", frames=0, sound=tone(2, 16000), audio_codec="pcm_s16le")
-    write_clip(folder / "one_frame.mov", frames=1, size=(64, 64), audio_codec="pcm_s16le")
-    truncate(write_clip(folder / "truncated.mp4", frames=100, size=(64, 64)), 0.3)
-    (folder / "random.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
-    return folder
-
-
-GOOD = [f"{i}.mov,{i}" for i in range(10)]
-
-
-def _config(folder, rows=GOOD, *, header="path,label", batch=4, model=None, **data):
-    name = f"manifest{abs(hash((header, tuple(rows)))):x}.csv"
-    (folder / name).write_text("\n".join([header, *rows]) + "\n")
-    defaults = {"workers": 0, "short_side": 64, "flip": False, "max_bad_fraction": 0.9}
-    model = model or {"video": VIDEO, "audio": AUDIO}
-    return Config(
-        model=ModelConfig.of_size("Ti", **model),
-        data=DataConfig(manifest=folder / name, **(defaults | data)),
-        train=TrainConfig(out=folder, batch=batch, steps=1),
-    )
-
-
-def _take(config, count, split="train", start=0):
-    with ClipLoader(config, split, start) as loader:
-        return list(islice(loader, count))
-
-
-def _assert_same(ours, theirs):
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        for name in ("video", "waveform", "keys", "labels", "has_audio"):
-            assert torch.equal(getattr(a, name), getattr(b, name)), name
-        assert a.substituted == b.substituted
-
 
 # --- what a batch holds
 
@@ -190,9 +135,6 @@ def test_seed_decides(clips):
     _assert_same([first], [again])
     other = replace(config, train=replace(config.train, seed=43))
     assert not torch.equal(_take(other, 1)[0].video, first.video)
-
-
-ROWS = [*GOOD[:6], "aac.mp4,7", "random.mp4,8", "truncated.mp4,9", "no_sound.mp4,3"]
 
 
 def test_any_number_of_workers_and_any_start(clips):
