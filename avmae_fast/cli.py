@@ -8,6 +8,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from avmae_fast.cli_bench import add_bench_data
+
 _BAD_INPUT = 2
 _NOT_FINITE = 70  # EX_SOFTWARE
 _INTERRUPTED = 130
@@ -65,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_pretrain(commands.add_parser("pretrain", help="pretrain a model", epilog=_EXIT_CODES))
     _add_synth(commands.add_parser("synth", help="make a synthetic set of audiovisual clips"))
     _add_probe(commands.add_parser("probe-files", help="say which media files can be read"))
+    add_bench_data(commands.add_parser("bench-data", help="say how fast media files can be loaded"))
     return parser
 
 

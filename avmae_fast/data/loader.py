@@ -165,6 +165,16 @@ class ClipLoader:
             self._pool.close()
         self._pool = self._job = self._cache = None
 
+    @property
+    def ahead(self) -> int:
+        """Batches that are filled before they are asked for."""
+        return self._ring.slots - _LENT
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers; none before the first iteration and without workers."""
+        return [] if self._pool is None else self._pool.pids()
+
     def seconds(self) -> dict[str, float]:
         """Seconds the workers spent in each of `STAGES`, and of processor time (`cpu`), so far."""
         return {} if self._pool is None else self._pool.seconds()
@@ -185,8 +195,7 @@ class ClipLoader:
         self, pool: Pool[LoadTask, Loaded], spans: Iterator[range], due: deque[_Filling]
     ) -> None:
         """Have the next batches filled, as far as there are free slots for them."""
-        ahead = self._ring.slots - _LENT
-        while len(due) < ahead and (slot := self._slots.take()) is not None:
+        while len(due) < self.ahead and (slot := self._slots.take()) is not None:
             span = next(spans, None)
             if span is None:
                 self._slots.drop(slot)

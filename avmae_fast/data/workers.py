@@ -105,6 +105,10 @@ class Pool(Protocol[TaskT, ReplyT]):
         """Seconds of the workers in each of `STAGES`, and of processor time (`cpu`)."""
         ...
 
+    def pids(self) -> list[int]:
+        """Process ids of the workers."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -144,6 +148,9 @@ class InlinePool(Generic[TaskT, ReplyT]):
 
     def seconds(self) -> dict[str, float]:
         return self._board.seconds()
+
+    def pids(self) -> list[int]:
+        return []
 
     def close(self) -> None:
         self._tasks.clear()
@@ -365,6 +372,9 @@ class ProcessPool(Generic[TaskT, ReplyT]):
 
     def seconds(self) -> dict[str, float]:
         return self._board.seconds()
+
+    def pids(self) -> list[int]:
+        return [worker.process.pid or 0 for worker in self._workers]
 
     def close(self) -> None:
         """End the workers."""

@@ -1,5 +1,6 @@
 """A batch is kept until the GPU has read it, and its inputs do not depend on who else is there."""
 
+import json
 import weakref
 
 import pytest
@@ -70,3 +71,23 @@ def test_ahead_gives_every_batch_in_order(make_config, device):
         assert ours["video"].device.type == device
         for m in ("video", "audio"):
             assert torch.equal(ours[m], theirs[m])
+
+
+def test_files_that_hung_stay_excluded(tmp_path):
+    from avmae_fast.train.metrics import files_to_exclude
+
+    lines = [
+        (3, "a.mp4", "timeout"),
+        (5, "b.mp4", "decode"),
+        (6, "c.mp4", "crash"),
+        (9, "d.mp4", "timeout"),
+    ]
+    text = "".join(
+        json.dumps({"position": p, "path": path, "kind": kind, "detail": "why"}) + "\n"
+        for p, path, kind in lines
+    )
+    (tmp_path / "bad_samples.jsonl").write_text(text)
+    # What is not a function of the bytes is remembered, up to where the run goes on from.
+    expected = {"a.mp4": ("timeout", "why"), "c.mp4": ("crash", "why")}
+    assert files_to_exclude(tmp_path, 9) == expected
+    assert files_to_exclude(tmp_path, 0) == files_to_exclude(tmp_path / "none", 9) == {}
