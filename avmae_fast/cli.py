@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from avmae_fast import cli_run
+from avmae_fast.cli_bench import add_bench_data
 from avmae_fast.cli_run import steps_range
 
 _BAD_INPUT = 2
@@ -30,6 +31,7 @@ _INPUT_ERRORS = {
     "avmae_fast.data.bad_files": "TooManyBadFiles",
     "avmae_fast.data.clip": "ClipError",
     "avmae_fast.data.manifest": "ManifestError",
+    "avmae_fast.data.workers": "LoaderFailed",
     "avmae_fast.train.checkpoint": "CheckpointError",
     "avmae_fast.train.lock": "LockedError",
     "avmae_fast.train.memory_advice": "OutOfMemory",
@@ -72,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_synth(commands.add_parser("synth", help="make a synthetic set of audiovisual clips"))
     _add_probe(commands.add_parser("probe-files", help="say which media files can be read"))
     cli_run.add_commands(commands)
+    add_bench_data(commands.add_parser("bench-data", help="say how fast media files can be loaded"))
     return parser
 
 

@@ -254,6 +254,12 @@ class DataConfig:
     `audio.frames` spectrogram rows (10 ms each) from the same start. `clip_end` says what happens
     where a window passes the end of a clip: `wrap` to its start (released) or `pad` (the last
     frame stands still, the sound is silent).
+
+    `repeat_windows` stretches of time are drawn from a record each time that it is opened, and
+    `repeat_views` crops, flips and masks from each of those: repeated sampling, which saves
+    decoding. The number of samples trained on stays the same: `train.epochs` counts samples, so a
+    record is opened once in `repeat_windows * repeat_views` epochs.
+    A worker that reads one record for longer than `timeout_s` is killed; the file counts as bad.
     """
 
     manifest: Path
@@ -266,6 +272,9 @@ class DataConfig:
     clip_end: Literal["wrap", "pad"] = "wrap"
     missing_audio: Literal["substitute", "silence"] = "substitute"
     workers: int = 2
+    timeout_s: float = 60.0
+    repeat_windows: int = 1
+    repeat_views: int = 1
     cache: Literal["none", "ram"] = "none"
     max_bad_fraction: float = 0.01
 
@@ -277,6 +286,12 @@ class DataConfig:
         _require_choice("data.missing_audio", self.missing_audio, choices)
         _require_positive("data", fps=self.fps, stride=self.stride, short_side=self.short_side)
         _require(self.workers >= 0, "data.workers", self.workers, "at least 0")
+        _require_positive(
+            "data",
+            timeout_s=self.timeout_s,
+            repeat_windows=self.repeat_windows,
+            repeat_views=self.repeat_views,
+        )
         ok = 0.0 <= self.max_bad_fraction <= 1.0
         _require(ok, "data.max_bad_fraction", self.max_bad_fraction, "in [0, 1]")
 
@@ -374,3 +389,8 @@ class Config:
             ok = audio.mel_bins % audio.patch[1] == 0
             valid = f"a multiple of audio.patch[1] = {audio.patch[1]}"
             _require(ok, "audio.mel_bins", audio.mel_bins, valid)
+        repeat = self.data.repeat_windows * self.data.repeat_views
+        micro_batch = self.train.batch // self.train.accumulate
+        # A record that two micro-batches share would be decoded for each.
+        valid = f"a multiple of data.repeat_windows * data.repeat_views = {repeat}"
+        _require(micro_batch % repeat == 0, "train.batch // train.accumulate", micro_batch, valid)

@@ -5,26 +5,27 @@ the file. Two exceptions: sound later than SOUND_FROM_START_S in a file may diff
 and a file with any damage is left out, where reading single windows would only miss the damaged.
 """
 
-import mmap
-import os
+import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from multiprocessing.reduction import DupFd
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from avmae_fast.config import ConfigError
 from avmae_fast.data.clip import ClipError, ErrorKind, resized_shape
 from avmae_fast.data.manifest import Manifest
-from avmae_fast.data.samples import FileSource, SampleSpec
-from avmae_fast.data.workers import Feed, worker_options
+from avmae_fast.data.samples import FileSource, SampleSpec, open_source
+from avmae_fast.data.shared import SharedBlock, aligned, free_memory
+from avmae_fast.data.workers import Watch, open_pool
+
+# Clips that wait for a worker while it decodes one.
+_TASKS_AHEAD = 2
 
 # The rest is left to the model, the workers and everything else.
 _SHARE_OF_FREE_MEMORY = 0.8
@@ -45,8 +46,8 @@ class CachedSource:
         self.ticks = len(self.video)
         self.length = len(self.waveform)
 
-    def pictures(self, ticks: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return self.video[ticks]
+    def pictures(self, ticks: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        return [self.video[tick] for tick in ticks]
 
     def sound(self, start: int, samples: int) -> NDArray[np.int16]:
         return self.waveform[start : start + samples]
@@ -64,103 +65,81 @@ class _Entry:
 
 
 class RamCache:
-    """Decoded clips in one block of anonymous memory, freed with the last process that maps it."""
+    """Decoded clips in one block of shared memory, freed with the last process that maps it."""
 
-    def __init__(self, manifest: Manifest, spec: SampleSpec, workers: int) -> None:
+    def __init__(
+        self, manifest: Manifest, spec: SampleSpec, workers: int, timeout_s: float
+    ) -> None:
         """Decode every record of `manifest`, in `workers` processes (0: in this one).
 
         Raises:
             ConfigError: the clips would not fit in the memory that is free.
         """
-        check_fits(manifest, spec)
-        self._file = os.memfd_create("avmae_fast clips")
-        weakref.finalize(self, os.close, self._file)
-        self._entries: list[_Entry] = []
-        size = 0
-        progress = tqdm(
-            _decode_all(manifest, spec, workers),
-            desc="decoding clips into memory",
-            total=len(manifest),
-            unit="clip",
-            disable=None,
+        sizes = check_fits(manifest, spec)
+        ends = np.cumsum(sizes).tolist()
+        self._block = SharedBlock("clips", ends[-1])
+        job = _WholeClips(manifest, spec, self._block)
+        tasks = (
+            _Room(record, end - size, size)
+            for record, (size, end) in enumerate(zip(sizes, ends, strict=True))
         )
-        for decoded in progress:
-            if isinstance(decoded, ClipError):
-                self._entries.append(_Entry(error=(decoded.kind, decoded.path, decoded.detail)))
-                continue
-            video, waveform = decoded.video, decoded.waveform
-            entry = _Entry(size, video.shape, len(waveform), decoded.has_audio)
-            self._entries.append(entry)
-            size = _append(self._file, size, video)
-            size = _append(self._file, size, waveform)
-        self._size = max(size, 1)
-        os.ftruncate(self._file, self._size)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Works while a worker process is being started, which is when it is needed.
-        return {"file": DupFd(self._file), "entries": self._entries, "size": self._size}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._file = state["file"].detach()
-        self._entries, self._size = state["entries"], state["size"]
-
-    @cached_property
-    def _memory(self) -> mmap.mmap:
-        return mmap.mmap(self._file, self._size, access=mmap.ACCESS_READ)
+        self._entries = _decode_all(job, tasks, len(manifest), workers, timeout_s)
 
     def __getitem__(self, index: int) -> CachedSource:
         """The clip of record `index`; raises the ClipError that its decoding raised."""
         entry = self._entries[index]
         if entry.error is not None:
             raise ClipError(*entry.error)
-        count = int(np.prod(entry.video_shape))
-        video = np.frombuffer(self._memory, np.uint8, count, entry.offset)
-        at = _aligned(entry.offset + count)
-        waveform = np.frombuffer(self._memory, np.int16, entry.length, at)
-        return CachedSource(video.reshape(entry.video_shape), waveform, entry.has_audio)
+        video, waveform = _arrays(self._block, entry.offset, entry.video_shape, entry.length)
+        return CachedSource(video, waveform, entry.has_audio)
 
 
-def ram_cache(manifest: Manifest, split: str, spec: SampleSpec, workers: int) -> RamCache:
+def ram_cache(
+    manifest: Manifest, split: str, spec: SampleSpec, workers: int, timeout_s: float
+) -> RamCache:
     """The cache of the records of a split: one that is in use in this process, or a new one."""
     key = (manifest.source.absolute(), split, spec)
     cache = _CACHES.get(key)
     if cache is None:
-        cache = _CACHES[key] = RamCache(manifest, spec, workers)
+        cache = _CACHES[key] = RamCache(manifest, spec, workers, timeout_s)
     return cache
 
 
-def _aligned(offset: int) -> int:
-    return -(-offset // 64) * 64
+def _arrays(
+    block: SharedBlock, offset: int, video_shape: tuple[int, ...], length: int
+) -> tuple[NDArray[np.uint8], NDArray[np.int16]]:
+    """A clip's pictures, and its sound behind them."""
+    video = block.array(np.uint8, video_shape, offset)
+    return video, block.array(np.int16, (length,), aligned(offset + video.size))
 
 
-def _append(file: int, offset: int, array: NDArray[Any]) -> int:
-    """Write an array at an aligned offset; returns where the next one goes."""
-    view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-    written = 0
-    while written < len(view):
-        written += os.pwrite(file, view[written:], offset + written)
-    return _aligned(offset + len(view))
-
-
-def check_fits(manifest: Manifest, spec: SampleSpec) -> None:
-    """Raise ConfigError if the decoded clips would take too much of the free memory.
+def check_fits(manifest: Manifest, spec: SampleSpec) -> list[int]:
+    """Bytes that each clip takes once it is decoded, 0 for one that cannot be opened.
 
     Sizes come from the files' headers; the count stops where the limit is passed.
+
+    Raises:
+        ConfigError: together they would take too much of the free memory.
     """
     limit = round(_SHARE_OF_FREE_MEMORY * free_memory())
     needed = 0
+    sizes = []
     for number, record in enumerate(manifest, start=1):
+        size = 0
         try:
             with FileSource(record, spec) as source:
-                needed += _decoded_bytes(source, spec)
+                size = _decoded_bytes(source, spec)
         except ClipError:
-            continue
+            pass
+        sizes.append(size)
+        needed += size
         if needed > limit:
             raise ConfigError(
                 f"data.cache = 'ram' does not fit: {number} of {len(manifest)} clips need "
                 f"{needed / 2**30:.1f} GiB, of the free memory {limit / 2**30:.1f} GiB may be "
                 "used; use data.cache = 'none', or a smaller data.short_side or data.fps"
             )
+    return sizes
 
 
 def _decoded_bytes(source: FileSource, spec: SampleSpec) -> int:
@@ -170,56 +149,78 @@ def _decoded_bytes(source: FileSource, spec: SampleSpec) -> int:
         video = source.ticks * height * width * 3
     if spec.samples and source.has_audio:
         waveform = source.length * 2
-    return _aligned(video) + _aligned(waveform)
+    return aligned(video) + aligned(waveform)
 
 
-def free_memory() -> int:
-    """Bytes that can be used without swapping, under the limit of the container if there is one."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())
-        free = min(free, limit - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no container, or "max": no limit
-        pass
-    return max(free, 0)
+class _Room(NamedTuple):
+    """The bytes of the block that are reserved for the clip of a record."""
+
+    record: int
+    offset: int
+    size: int
 
 
-class _WholeClips(Dataset["CachedSource | ClipError"]):
-    """Decodes each record from its start to its end."""
+class _WholeClips:
+    """Decodes records from start to end into a block; see `avmae_fast.data.workers.Job`."""
 
-    def __init__(self, manifest: Manifest, spec: SampleSpec) -> None:
+    def __init__(self, manifest: Manifest, spec: SampleSpec, block: SharedBlock) -> None:
         self._manifest = manifest
         self._spec = spec
+        self._block = block
+        self._excluded: dict[int, tuple[ErrorKind, str]] = {}
 
-    def __len__(self) -> int:
-        return len(self._manifest)
+    def exclude(self, record: int, kind: ErrorKind, detail: str) -> None:
+        self._excluded[record] = (kind, detail)
 
-    def __getitem__(self, index: int) -> CachedSource | ClipError:
+    def path(self, record: int) -> Path:
+        return self._manifest[record].path
+
+    def run(self, task: _Room, watch: Watch) -> _Entry:
         try:
-            with FileSource(self._manifest[index], self._spec) as source:
-                # Without video the ticks still say how long the clip is.
-                video = np.zeros((source.ticks, 0, 0, 3), np.uint8)
-                if self._spec.frames:
-                    video = source.pictures(np.arange(source.ticks))
-                waveform = np.zeros(0, np.int16)
-                if self._spec.samples and source.has_audio:
-                    waveform = source.sound(0, source.length)
-                return CachedSource(video, waveform, source.has_audio)
+            if task.record in self._excluded:
+                kind, detail = self._excluded[task.record]
+                raise ClipError(kind, self.path(task.record), detail)
+            with watch(task.record), open_source(self._manifest[task.record], self._spec) as source:
+                return self._decode(source, task)
         except ClipError as error:
-            return error
+            return _Entry(error=(error.kind, error.path, error.detail))
+
+    def _decode(self, source: FileSource, room: _Room) -> _Entry:
+        # Without video the ticks still say how long the clip is.
+        shape: tuple[int, ...] = (source.ticks, 0, 0, 3)
+        pictures: Sequence[NDArray[np.uint8]] = []
+        if self._spec.frames:
+            pictures = source.pictures(np.arange(source.ticks))
+            shape = (source.ticks, *pictures[0].shape)
+        length = source.length if self._spec.samples and source.has_audio else 0
+        if aligned(math.prod(shape)) + aligned(length * 2) > room.size:
+            raise ClipError("decode", self.path(room.record), "the header gives another size")
+        video, waveform = _arrays(self._block, room.offset, shape, length)
+        for row, picture in zip(video, pictures, strict=False):
+            row[...] = picture
+        if length:
+            waveform[...] = source.sound(0, length)
+        return _Entry(room.offset, shape, length, source.has_audio)
 
 
 def _decode_all(
-    manifest: Manifest, spec: SampleSpec, workers: int
-) -> Iterator[CachedSource | ClipError]:
-    clips = DataLoader(_WholeClips(manifest, spec), batch_size=None, **worker_options(workers))
-    feed = Feed(clips, spec.reader)
-    del clips  # the feed alone decides when it ends
+    job: _WholeClips, tasks: Iterator[_Room], count: int, workers: int, timeout_s: float
+) -> list[_Entry]:
+    """What became of each clip, in the order of the records."""
+    entries: dict[int, _Entry] = {}
+    pool = open_pool(job, workers, timeout_s)
+    progress = tqdm(desc="decoding clips into memory", total=count, unit="clip", disable=None)
     try:
-        feed.start()
-        while (decoded := feed.next()) is not None:
-            yield decoded
+        with progress:
+            for task in islice(tasks, _TASKS_AHEAD * max(workers, 1)):
+                pool.submit(task)
+            while len(entries) < count:
+                for task, entry in pool.wait():
+                    assert entry is not None  # nothing is cancelled here
+                    entries[task.record] = entry
+                    progress.update()
+                    for following in islice(tasks, 1):
+                        pool.submit(following)
     finally:
-        feed.close()
+        pool.close()
+    return [entries[record] for record in range(count)]

@@ -33,7 +33,7 @@ SOUND_FROM_START_S = 15.0
 # ... and for later ones from this much before the window, enough for any codec to settle.
 SOUND_PREROLL_S = 1.0
 
-ErrorKind = Literal["open", "no_video", "no_audio", "decode", "short", "timeout"]
+ErrorKind = Literal["open", "no_video", "no_audio", "decode", "short", "timeout", "crash"]
 Size = int | tuple[int, int] | None
 
 
@@ -42,7 +42,7 @@ class ClipError(Exception):
 
     kind: `open` (missing, not a media file, damaged header), `no_video`, `no_audio`, `decode`
         (damaged content), `short` (ends before its header says or before the clip starts),
-        `timeout`.
+        `timeout` (the reader does not come back), `crash` (it ends the process that reads).
     """
 
     def __init__(self, kind: ErrorKind, path: Path | str, detail: str) -> None:
@@ -97,8 +97,15 @@ class ClipReader(Protocol):
 
     info: ClipInfo
 
+    def read_pictures(self, times_s: NDArray[np.float64], size: Size) -> list[NDArray[np.uint8]]:
+        """The pictures on display at `times_s` (any order, repeats allowed), N of [H, W, 3].
+
+        Equal times may give one array twice; all have the same shape.
+        """
+        ...
+
     def read_video(self, times_s: NDArray[np.float64], size: Size) -> NDArray[np.uint8]:
-        """The pictures on display at `times_s` (any order, repeats allowed), [N, H, W, 3]."""
+        """The same pictures as one array, [N, H, W, 3]."""
         ...
 
     def read_audio(self, start: int, samples: int) -> NDArray[np.int16]:
@@ -126,6 +133,11 @@ def check_times(times_s: NDArray[np.float64]) -> None:
     """Raise ValueError unless `times_s` is a list of finite times from zero on."""
     if times_s.ndim != 1 or not np.isfinite(times_s).all() or (times_s < 0).any():
         raise ValueError(f"times_s must be a 1-D array of seconds >= 0, got {times_s}")
+
+
+def stacked(pictures: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Pictures as one array [N, H, W, 3]."""
+    return np.stack(pictures) if pictures else np.zeros((0, 0, 0, 3), np.uint8)
 
 
 def resized_shape(height: int, width: int, size: Size) -> tuple[int, int]:

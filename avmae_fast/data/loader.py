@@ -1,41 +1,45 @@
-"""Batches of training samples, the same for any number of workers and from any position on.
+"""Batches of training samples, the same for any number of ranks and workers, from any position on.
 
-A sample is a function of (seed, position): the position says which record of which epoch it is,
-and keys the draws of window, crop, flip and, where a file is bad, of the record that stands in.
+A sample is a function of (seed, position): `avmae_fast.data.order` says which record, window and
+view a position stands for. Resuming needs nothing but the position.
+
+One thing is not in a file's bytes: whether a reader hangs on it. A file on which it always hangs
+(or always crashes) is never trained on, so the samples are the same in every run, before and after
+it is found out. For one on which it hangs only sometimes no two runs need be alike; so that a
+resumed run at least goes on as the first one did, it is given the files that were `excluded` there.
 """
 
 import math
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, Self
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from avmae_fast.config import Config, ConfigError
-from avmae_fast.data.bad_files import BadFiles, Substitution
-from avmae_fast.data.cache import RamCache, ram_cache
-from avmae_fast.data.clip import ClipError
+from avmae_fast.data.bad_files import BadFiles, Substitution, TooManyBadFiles
+from avmae_fast.data.cache import ram_cache
+from avmae_fast.data.clip import ErrorKind
+from avmae_fast.data.loading import Loaded, LoadJob, LoadTask
 from avmae_fast.data.manifest import Manifest, ManifestError, load_manifest
-from avmae_fast.data.samples import DRAWS, FileSource, Sample, SampleSpec, cut
-from avmae_fast.data.workers import Feed, worker_options
-from avmae_kernels.masking import keyed_uniform, permute
+from avmae_fast.data.order import Order
+from avmae_fast.data.ring import Layout, Ring, Slots
+from avmae_fast.data.samples import SampleSpec
+from avmae_fast.data.shared import free_memory
+from avmae_fast.data.workers import Pool, open_pool
 
 Split = Literal["train", "val"]
 
-# Records tried in place of a bad one.
-MAX_SUBSTITUTES = 8
+# Batches that training may hold at a time: the one it works on, one that is being copied to the
+# GPU and one whose copy has just ended. What is kept beyond that gets memory of its own.
+_LENT = 3
 
-# Streams of keyed randomness; 0 and 1 are the masks of video and audio.
-_WINDOW_STREAM, _SUBSTITUTE_STREAM = 2, 3
-
-# Batches that a worker prepares ahead.
-_PREFETCH = 2
+# Batches that are filled ahead of the one that is due, so that a slow clip holds nobody up ...
+_AHEAD = 2
+# ... and records that wait for each worker while it reads one.
+_WAITING = 2
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,9 @@ class Batch:
     labels: int64 [B], -1 where the manifest gives none.
     has_audio: bool [B]; false where silence stands in for a missing track.
     substituted: the files that could not be read, in the order in which they were tried.
+
+    `video` and `waveform` look into memory that is used again when the last tensor that shares it
+    is gone; a copy to a GPU that is not waited for must keep the batch until it is done.
     """
 
     video: Tensor | None
@@ -60,140 +67,40 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def pin_memory(self) -> Self:
-        """The batch in page-locked memory, from which copies to the GPU need not wait."""
-        return replace(
-            self,
-            video=None if self.video is None else self.video.pin_memory(),
-            waveform=None if self.waveform is None else self.waveform.pin_memory(),
-            keys=self.keys.pin_memory(),
-            labels=self.labels.pin_memory(),
-            has_audio=self.has_audio.pin_memory(),
-        )
 
+@dataclass
+class _Filling:
+    """A batch on its way: samples `first` to `first + count - 1` in a slot."""
 
-@dataclass(frozen=True)
-class _Exhausted:
-    """A sample for which neither its record nor any substitute could be read."""
-
-    substituted: tuple[Substitution, ...]
-
-
-class ClipDataset(Dataset[Batch]):
-    """Samples by position. `dataset.__getitems__(positions)` is a batch."""
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        spec: SampleSpec,
-        split: Split,
-        seed: int,
-        cache: RamCache | None = None,
-    ) -> None:
-        self._manifest = manifest
-        self._spec = spec
-        self._split = split
-        self._seed = seed
-        self._cache = cache
-
-    def record_index(self, position: int) -> int:
-        """Which record a position stands for: each once an epoch, shuffled in training."""
-        records = len(self._manifest)
-        epoch, index = divmod(position, records)
-        if self._split == "val":
-            return index
-        return permute(index, records, key=epoch, seed=self._seed)
-
-    def __getitems__(self, positions: list[int]) -> Batch | _Exhausted:
-        batch = self._empty_batch(positions)
-        substituted: list[Substitution] = []
-        for row, position in enumerate(positions):
-            loaded = self._load(position, substituted)
-            if loaded is None:
-                return _Exhausted(tuple(substituted))
-            index, sample = loaded
-            if batch.video is not None:
-                batch.video.numpy()[row] = sample.video
-            if batch.waveform is not None:
-                batch.waveform.numpy()[row] = sample.waveform
-            batch.labels[row] = self._manifest[index].label
-            batch.has_audio[row] = sample.has_audio
-        return replace(batch, substituted=tuple(substituted))
-
-    def _empty_batch(self, positions: list[int]) -> Batch:
-        spec, count = self._spec, len(positions)
-        height, width = spec.crop
-        video = torch.empty(count, spec.frames, height, width, 3, dtype=torch.uint8)
-        return Batch(
-            video=video if spec.frames else None,
-            waveform=torch.empty(count, spec.samples, dtype=torch.int16) if spec.samples else None,
-            keys=torch.tensor(positions, dtype=torch.int64),
-            labels=torch.empty(count, dtype=torch.int64),
-            has_audio=torch.empty(count, dtype=torch.bool),
-        )
-
-    def _load(self, position: int, bad: list[Substitution]) -> tuple[int, Sample] | None:
-        """(record index, sample), None if all substitutes are bad too; what failed joins `bad`."""
-        key = np.array([position], np.int64)
-        draws = None
-        if self._split == "train":
-            draws = keyed_uniform(self._seed, key, _WINDOW_STREAM, DRAWS)[0]
-        spare = keyed_uniform(self._seed, key, _SUBSTITUTE_STREAM, MAX_SUBSTITUTES)[0]
-        index = self.record_index(position)
-        tried: list[int] = []
-        for u in [*spare, None]:
-            try:
-                return index, self._read(index, draws)
-            except ClipError as error:
-                bad.append(Substitution(position, error.path, error.kind, error.detail))
-            tried.append(index)
-            if u is None or len(tried) == len(self._manifest):
-                break
-            index = _pick_another(u, len(self._manifest), tried)
-        return None
-
-    def _read(self, index: int, draws: NDArray[np.float64] | None) -> Sample:
-        if self._cache is not None:
-            return cut(self._cache[index], self._spec, draws)
-        with FileSource(self._manifest[index], self._spec) as source:
-            return cut(source, self._spec, draws)
-
-
-def _pick_another(u: float, records: int, tried: list[int]) -> int:
-    """A record that has not been tried, uniformly."""
-    index = int(u * (records - len(tried)))
-    for other in sorted(tried):
-        index += index >= other
-    return index
-
-
-class _Positions:
-    """Sample positions in batches: from `start` on, up to `end` if there is one."""
-
-    def __init__(self, start: int, batch: int, end: int | None) -> None:
-        self._start, self._batch, self._end = start, batch, end
-
-    def __iter__(self) -> Iterator[list[int]]:
-        position = self._start
-        while self._end is None or position < self._end:
-            after = position + self._batch
-            yield list(range(position, after if self._end is None else min(after, self._end)))
-            position = after
+    slot: int
+    first: int
+    count: int
+    left: int = 0  # tasks
+    bad: dict[int, Loaded] = field(default_factory=dict)  # by row
+    wanted: bool = True
 
 
 class ClipLoader:
     """Iterates over the batches of a configured run; a context manager.
 
-    `train` goes on for ever, epoch after epoch; `val` goes once over its records, in order, with
-    centred windows, and its last batch may be smaller. Every iteration starts at `start`.
+    `train` goes on for ever; `val` goes once over its records, in order, with centred windows, and
+    its last batch may be smaller. Every iteration starts at `start`; one at a time.
+
+    With several ranks, each gets its part of every micro-batch: rank r of w has the samples
+    `r * B .. r * B + B - 1` of the `w * B` that follow each other. At the end of `val` a rank may
+    have a batch less than another.
 
     Workers are separate processes that import the main script, so a script that iterates with
-    `data.workers > 0` needs the usual `if __name__ == "__main__":`.
+    `data.workers > 0` needs the usual `if __name__ == "__main__":`. `data.workers` is per rank.
 
     Args:
-        config: the run; `train.batch // train.accumulate` samples make a batch.
+        config: the run; `train.batch // train.accumulate` samples make a micro-batch of all ranks.
         split: which records, and how they are cut.
         start: the position of the first sample; to resume, the number of samples trained on.
+        rank: which part of each micro-batch is loaded here.
+        world: how many ranks there are.
+        excluded: files that count as bad from the start, path and why: those on which an earlier
+            part of the run hung or crashed.
 
     Attributes:
         start: the position of the first sample.
@@ -203,34 +110,38 @@ class ClipLoader:
     Raises:
         ManifestError, ConfigError: the data cannot be used as configured.
         TooManyBadFiles: while iterating; `BadFiles` says when.
-        LoaderStalled: while iterating; no batch came for minutes.
+        LoaderStalled, WorkersDied: while iterating; the storage does not answer, or workers end.
     """
 
-    def __init__(self, config: Config, split: Split = "train", start: int = 0) -> None:
+    def __init__(
+        self,
+        config: Config,
+        split: Split = "train",
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        excluded: Mapping[str, tuple[ErrorKind, str]] | None = None,
+    ) -> None:
         if start < 0:
             raise ValueError(f"start must be a position, at least 0, got {start}")
-        spec = SampleSpec.of(config)
-        workers = config.data.workers
-        batch = config.train.batch // config.train.accumulate
+        data, spec = config.data, SampleSpec.of(config)
         self.start = start
         self.manifest = split_manifest(config, split)
-        self.bad_files = BadFiles(config.data.max_bad_fraction)
-        if workers:
-            _require_shared_memory(spec, batch * _PREFETCH * workers)
+        self.bad_files = BadFiles(data.max_bad_fraction)
+        self._order = _order(config, split, len(self.manifest))
+        self._plan = _Plan.of(config, self._order.repeat, split, len(self.manifest), rank, world)
+        self._workers, self._timeout_s = data.workers, data.timeout_s
+        self._ring = _ring(spec, self._plan.batch, self._order.repeat, data.workers)
+        self._slots = Slots(self._ring.slots)
         self._cache = None
-        if config.data.cache == "ram":
-            self._cache = ram_cache(self.manifest, split, spec, workers)
-        end = None if split == "train" else len(self.manifest)
-        loader: DataLoader[Batch] = DataLoader(
-            ClipDataset(self.manifest, spec, split, config.train.seed, self._cache),
-            batch_sampler=_Positions(start, batch, end),
-            collate_fn=_as_it_is,
-            pin_memory=torch.cuda.is_available(),
-            prefetch_factor=_PREFETCH if workers else None,
-            persistent_workers=workers > 0,
-            **worker_options(workers),
-        )
-        self._feed = Feed(loader, spec.reader)
+        if data.cache == "ram":
+            self._cache = ram_cache(self.manifest, split, spec, data.workers, data.timeout_s)
+        job = LoadJob(self.manifest, spec, self._order, self._ring, self._cache)
+        self._job: LoadJob | None = job
+        _exclude(job, self.manifest, excluded or {})
+        self._pins = config.train.device != "cpu" and torch.cuda.is_available()
+        self._pool: Pool[LoadTask, Loaded] | None = None
+        self._filling: dict[int, _Filling] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -239,17 +150,193 @@ class ClipLoader:
         self.close()
 
     def __iter__(self) -> Iterator[Batch]:
-        self._feed.start()
-        while (batch := self._feed.next()) is not None:
-            if isinstance(batch, _Exhausted):
-                self.bad_files.give_up(batch.substituted)
-            self.bad_files.add(len(batch), batch.substituted)
-            yield batch
+        if self._job is None:
+            raise ValueError("the loader is closed")
+        if self._pool is None:
+            if self._pins:
+                self._ring.pin()
+            self._pool = open_pool(self._job, self._workers, self._timeout_s)
+        self._forget()
+        return self._batches(self._pool)
 
     def close(self) -> None:
         """End the workers and free the cache. The loader cannot be used after."""
-        self._feed.close()
-        self._cache = None
+        if self._pool is not None:
+            self._pool.close()
+        self._pool = self._job = self._cache = None
+
+    @property
+    def ahead(self) -> int:
+        """Batches that are filled before they are asked for."""
+        return self._ring.slots - _LENT
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers; none before the first iteration and without workers."""
+        return [] if self._pool is None else self._pool.pids()
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds the workers spent in each of `STAGES`, and of processor time (`cpu`), so far."""
+        return {} if self._pool is None else self._pool.seconds()
+
+    def _batches(self, pool: Pool[LoadTask, Loaded]) -> Iterator[Batch]:
+        spans = self._plan.spans(self.start)
+        due: deque[_Filling] = deque()
+        while True:
+            self._begin(pool, spans, due)
+            if not due:
+                return
+            while due[0].left:
+                self._collect(pool)
+                self._begin(pool, spans, due)
+            yield self._deliver(due.popleft())
+
+    def _begin(
+        self, pool: Pool[LoadTask, Loaded], spans: Iterator[range], due: deque[_Filling]
+    ) -> None:
+        """Have the next batches filled, as far as there are free slots for them."""
+        while len(due) < self.ahead and (slot := self._slots.take()) is not None:
+            span = next(spans, None)
+            if span is None:
+                self._slots.drop(slot)
+                return
+            filling = _Filling(slot, span.start, len(span))
+            self._filling[slot] = filling
+            due.append(filling)
+            for group in self._order.groups(span.start, len(span)):
+                task = LoadTask(
+                    slot, group.first - span.start, group.first, group.count, group.record
+                )
+                filling.left += 1
+                pool.submit(task)
+
+    def _collect(self, pool: Pool[LoadTask, Loaded]) -> None:
+        """Wait for a worker and note what it has done."""
+        for task, loaded in pool.wait():
+            filling = self._filling[task.slot]
+            filling.left -= 1
+            if loaded is not None and loaded.substituted:
+                filling.bad[task.row] = loaded
+            if not filling.wanted and not filling.left:
+                del self._filling[task.slot]
+                self._slots.drop(task.slot)
+
+    def _forget(self) -> None:
+        """Give up what is being filled for an iteration that was left."""
+        assert self._pool is not None
+        self._pool.cancel()
+        for slot, filling in self._filling.items():
+            filling.wanted = False
+            if not filling.left:
+                self._slots.drop(slot)
+        self._filling = {slot: f for slot, f in self._filling.items() if f.left}
+        # Batches that training still holds are not waited for; what workers still write is.
+        while self._slots.count("filling"):
+            self._collect(self._pool)
+
+    def _deliver(self, filling: _Filling) -> Batch:
+        del self._filling[filling.slot]
+        substituted: tuple[Substitution, ...] = ()
+        try:
+            for _, loaded in sorted(filling.bad.items()):
+                substituted += loaded.substituted
+                if loaded.exhausted:
+                    self.bad_files.give_up(substituted)
+            self.bad_files.add(filling.count, substituted)
+        except TooManyBadFiles:
+            self._slots.drop(filling.slot)
+            raise
+        self._slots.filled(filling.slot)
+        return self._lend(filling, substituted)
+
+    def _lend(self, filling: _Filling, substituted: tuple[Substitution, ...]) -> Batch:
+        """The batch in its slot; a copy of it where training keeps too many."""
+        slot, count, layout = filling.slot, filling.count, self._ring.layout
+        arrays = self._ring.arrays(slot)
+        labels = torch.from_numpy(arrays.labels[:count].copy())
+        has_audio = torch.from_numpy(arrays.has_audio[:count].astype(bool))
+        keep = self._slots.count("lent") >= _LENT
+        self._slots.lend(slot)
+        video, waveform = (t[:count] for t in self._ring.tensors(slot, self._slots))
+        if keep:
+            video, waveform = video.clone(), waveform.clone()
+        return Batch(
+            video=video if layout.frames else None,
+            waveform=waveform if layout.samples else None,
+            keys=torch.arange(filling.first, filling.first + count),
+            labels=labels,
+            has_audio=has_audio,
+            substituted=substituted,
+        )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the sequence of samples is cut into the batches of one rank.
+
+    batch: samples of this rank in a micro-batch. end: of the sequence, None where it has none.
+    """
+
+    batch: int
+    rank: int
+    world: int
+    end: int | None
+
+    @classmethod
+    def of(
+        cls, config: Config, repeat: int, split: Split, records: int, rank: int, world: int
+    ) -> Self:
+        if not 0 <= rank < world:
+            raise ValueError(f"rank must be from 0 to world - 1 = {world - 1}, got {rank}")
+        micro_batch = config.train.batch // config.train.accumulate
+        if micro_batch % (world * repeat):
+            raise ConfigError(
+                f"train.batch // train.accumulate = {micro_batch} is not valid with {world} ranks: "
+                f"it must be a multiple of {world * repeat}, their number times "
+                "data.repeat_windows * data.repeat_views"
+            )
+        return cls(micro_batch // world, rank, world, records if split == "val" else None)
+
+    def spans(self, start: int) -> Iterator[range]:
+        """The positions of each batch, from a position of all ranks on."""
+        while self.end is None or start < self.end:
+            first = start + self.rank * self.batch
+            after = first + self.batch if self.end is None else min(first + self.batch, self.end)
+            if first < after:
+                yield range(first, after)
+            start += self.world * self.batch
+
+
+def _order(config: Config, split: Split, records: int) -> Order:
+    if split == "val":
+        return Order(records, config.train.seed, shuffle=False)
+    data = config.data
+    return Order(records, config.train.seed, True, data.repeat_windows, data.repeat_views)
+
+
+def _ring(spec: SampleSpec, batch: int, repeat: int, workers: int) -> Ring:
+    """Room for the batches that training holds and for those that are filled meanwhile."""
+    height, width = spec.crop
+    layout = Layout(batch, spec.frames, height, width, spec.samples)
+    ahead = _AHEAD + math.ceil(workers * _WAITING * repeat / batch) if workers else 1
+    needed, free = (ahead + _LENT) * layout.size, free_memory()
+    if needed > free:
+        raise ConfigError(
+            f"the batches on their way from data.workers = {workers} processes need "
+            f"{needed / 2**20:.0f} MiB of memory, {free / 2**20:.0f} MiB are free: use a larger "
+            "train.accumulate, or fewer data.workers"
+        )
+    return Ring(layout, ahead + _LENT)
+
+
+def _exclude(
+    job: LoadJob, manifest: Manifest, excluded: Mapping[str, tuple[ErrorKind, str]]
+) -> None:
+    if not excluded:
+        return
+    for number, record in enumerate(manifest):
+        if (why := excluded.get(str(record.path))) is not None:
+            job.exclude(number, *why)
 
 
 def split_manifest(config: Config, split: Split) -> Manifest:
@@ -273,22 +360,3 @@ def split_manifest(config: Config, split: Split) -> Manifest:
             f"{manifest.source} has no clips of the split {split}" + remedy * (split == "val")
         )
     return chosen
-
-
-def _require_shared_memory(spec: SampleSpec, samples: int) -> None:
-    """Raise ConfigError if the batches on their way from the workers would not fit.
-
-    Without this check a worker dies of a bus error, as it does in a container by default.
-    """
-    folder = Path("/dev/shm")
-    needed = samples * (math.prod(spec.crop) * spec.frames * 3 + spec.samples * 2)
-    if folder.is_dir() and needed > (free := shutil.disk_usage(folder).free):
-        raise ConfigError(
-            f"the batches of data.workers processes need {needed / 2**20:.0f} MiB of shared "
-            f"memory, {folder} has {free / 2**20:.0f} MiB free: use fewer data.workers or a larger "
-            "train.accumulate, or start the container with a larger --shm-size"
-        )
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

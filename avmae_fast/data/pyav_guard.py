@@ -13,6 +13,18 @@ from av.video.stream import VideoStream
 from avmae_fast.data import clip
 from avmae_fast.data.clip import ClipError, ErrorKind
 
+# PyAV raises more than errors of its own: a damaged header may ask for more memory than there is,
+# or give a rate of 1/0.
+_ERRORS = (
+    av.FFmpegError,
+    OSError,
+    ValueError,
+    RuntimeError,
+    IndexError,
+    MemoryError,
+    ArithmeticError,
+)
+
 
 class Guard:
     """Watches over the reads of one file."""
@@ -23,18 +35,15 @@ class Guard:
 
     @contextmanager
     def errors(self, kind: ErrorKind) -> Iterator[None]:
-        """Run a block of FFmpeg calls: its errors become a `ClipError` of `kind`, its time counts.
-
-        PyAV raises ValueError, RuntimeError and IndexError as well as errors of its own.
-        """
+        """Run a block of FFmpeg calls: errors become a `ClipError` of `kind`, its time counts."""
         self._deadline = time.monotonic() + clip.READ_TIMEOUT_S
         try:
             yield
         except av.error.ExitError as error:
             detail = f"no data for {clip.READ_TIMEOUT_S:.0f} s"
             raise ClipError("timeout", self.path, detail) from error
-        except (av.FFmpegError, OSError, ValueError, RuntimeError, IndexError) as error:
-            raise ClipError(kind, self.path, str(error)) from error
+        except _ERRORS as error:
+            raise ClipError(kind, self.path, str(error) or type(error).__name__) from error
 
     def check_time(self) -> None:
         """Raise `timeout` once the block has taken too long."""

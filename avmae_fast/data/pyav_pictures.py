@@ -24,6 +24,7 @@ from avmae_fast.data.clip import (
     resize,
 )
 from avmae_fast.data.pyav_guard import Guard, seek
+from avmae_fast.data.stages import stage
 
 # Wanted pictures further apart than this may be worth a seek.
 _SEEK_GAP_S = 1.0
@@ -56,11 +57,11 @@ class Pictures:
         self._promised_end_s = promised_end_s
         self._reformatter = VideoReformatter()
 
-    def read(self, times_s: NDArray[np.float64], size: Size) -> NDArray[np.uint8]:
-        """The pictures on display at `times_s` seconds, uint8 [N, H, W, 3]."""
+    def read(self, times_s: NDArray[np.float64], size: Size) -> list[NDArray[np.uint8]]:
+        """The pictures on display at `times_s` seconds, N of uint8 [H, W, 3]."""
         check_times(times_s)
         if times_s.size == 0:
-            return np.zeros((0, 0, 0, 3), np.uint8)
+            return []
         ticks = np.floor((times_s + self._zero_s + TIME_TOLERANCE_S) / self._tick_s)
         wanted, place = np.unique(ticks.astype(np.int64), return_inverse=True)
         pictures: list[NDArray[np.uint8]] = []
@@ -69,10 +70,7 @@ class Pictures:
                 pictures += self._read_run(run, size)
         if len({picture.shape for picture in pictures}) > 1:
             raise ClipError("decode", self._guard.path, "the picture size changes in the clip")
-        out = np.empty((len(place), *pictures[0].shape), np.uint8)
-        for row, picture in enumerate(place):
-            out[row] = pictures[picture]
-        return out
+        return [pictures[picture] for picture in place]
 
     def _runs(self, wanted: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Split the wanted timestamps where a seek saves decoding: at gaps with a keyframe."""
@@ -144,7 +142,8 @@ class Pictures:
         shown: dict[int, int] = {}
         for frame in self._select(packets, wanted, needed):
             assert frame.pts is not None
-            pictures.append(pictures[-1] if frame.pts in shown else self._rgb(frame, size))
+            with stage("convert"):
+                pictures.append(pictures[-1] if frame.pts in shown else self._rgb(frame, size))
             shown[frame.pts] = frame.duration or 0
         return pictures, shown
 

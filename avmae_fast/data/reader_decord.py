@@ -22,8 +22,10 @@ from avmae_fast.data.clip import (
     check_times,
     require_reached,
     resize,
+    stacked,
 )
 from avmae_fast.data.reader_pyav import PyavReader
+from avmae_fast.data.stages import stage
 
 decord.logging.set_level(decord.logging.QUIET)
 
@@ -51,11 +53,15 @@ class DecordReader:
 
     def read_video(self, times_s: NDArray[np.float64], size: Size) -> NDArray[np.uint8]:
         """The pictures on display at `times_s`, uint8 [N, H, W, 3]; see `ClipReader`."""
+        return stacked(self.read_pictures(times_s, size))
+
+    def read_pictures(self, times_s: NDArray[np.float64], size: Size) -> list[NDArray[np.uint8]]:
+        """The pictures on display at `times_s`, N of uint8 [H, W, 3]; see `ClipReader`."""
         check_times(times_s)
         if not self.info.has_video:
             raise ClipError("no_video", self._path, "there is no video track")
         if times_s.size == 0:
-            return np.zeros((0, 0, 0, 3), np.uint8)
+            return []
         pictures: list[NDArray[np.uint8]] = []
         try:
             reader = decord.VideoReader(str(self._path.absolute()), num_threads=1)
@@ -64,7 +70,7 @@ class DecordReader:
             no_index = shown_s[-1, 1] <= shown_s[-1, 0]
             if cut or no_index or self.info.video_codec != "h264":
                 _warn_of_misnumbering()
-                return self._pyav.read_video(times_s, size)
+                return self._pyav.read_pictures(times_s, size)
             starts_s = shown_s[:, 0] - shown_s[0, 0]
             end_s = float(shown_s[-1, 1] - shown_s[0, 0])
             require_reached(self._path, "video", float(times_s.max()), self.info.duration_s, end_s)
@@ -72,10 +78,11 @@ class DecordReader:
             indices, place = np.unique(found.clip(0, len(reader) - 1), return_inverse=True)
             for first in range(0, len(indices), _CHUNK):
                 batch = reader.get_batch(indices[first : first + _CHUNK]).asnumpy()
-                pictures += [resize(picture, size) for picture in batch]
+                with stage("convert"):
+                    pictures += [resize(picture, size) for picture in batch]
         except (decord.DECORDError, RuntimeError, IndexError, ValueError, OSError) as error:
             raise ClipError("decode", self._path, str(error)) from error
-        return np.stack([pictures[i] for i in place])
+        return [pictures[i] for i in place]
 
     def read_audio(self, start: int, samples: int) -> NDArray[np.int16]:
         """16 kHz samples from number `start` of the clip's clock on; see `ClipReader`."""

@@ -15,7 +15,7 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from avmae_fast.data.clip import READ_TIMEOUT_S, ClipError, ClipInfo, Size, require_file
+from avmae_fast.data.clip import READ_TIMEOUT_S, ClipError, ClipInfo, Size, require_file, stacked
 from avmae_fast.data.pyav_guard import Guard
 from avmae_fast.data.pyav_pictures import Pictures
 from avmae_fast.data.pyav_sound import Sound
@@ -59,6 +59,8 @@ class PyavReader:
             raise ClipError("no_video", path, "neither a video nor an audio track")
         for stream in container.streams:
             if isinstance(stream, VideoStream | AudioStream):
+                if stream.codec_context is None:
+                    raise ClipError("decode", path, f"no decoder for its {stream.type} track")
                 stream.codec_context.thread_type = ThreadType.NONE
                 stream.codec_context.thread_count = 1
         assert clock.time_base is not None
@@ -91,6 +93,10 @@ class PyavReader:
 
     def read_video(self, times_s: NDArray[np.float64], size: Size) -> NDArray[np.uint8]:
         """The pictures on display at `times_s`, uint8 [N, H, W, 3]; see `ClipReader`."""
+        return stacked(self.read_pictures(times_s, size))
+
+    def read_pictures(self, times_s: NDArray[np.float64], size: Size) -> list[NDArray[np.uint8]]:
+        """The pictures on display at `times_s`, N of uint8 [H, W, 3]; see `ClipReader`."""
         if self._pictures is None:
             raise ClipError("no_video", self._guard.path, "there is no video track")
         return self._pictures.read(times_s, size)

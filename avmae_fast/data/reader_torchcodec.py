@@ -27,8 +27,10 @@ from avmae_fast.data.clip import (
     require_file,
     require_reached,
     resize,
+    stacked,
     to_int16,
 )
+from avmae_fast.data.stages import stage
 
 _Decoder = TypeVar("_Decoder", VideoDecoder, AudioDecoder)
 
@@ -92,11 +94,15 @@ class TorchcodecReader:
 
     def read_video(self, times_s: NDArray[np.float64], size: Size) -> NDArray[np.uint8]:
         """The pictures on display at `times_s`, uint8 [N, H, W, 3]; see `ClipReader`."""
+        return stacked(self.read_pictures(times_s, size))
+
+    def read_pictures(self, times_s: NDArray[np.float64], size: Size) -> list[NDArray[np.uint8]]:
+        """The pictures on display at `times_s`, N of uint8 [H, W, 3]; see `ClipReader`."""
         check_times(times_s)
         if self._video is None:
             raise ClipError("no_video", self._path, "there is no video track")
         if times_s.size == 0:
-            return np.zeros((0, 0, 0, 3), np.uint8)
+            return []
         # The last picture has no time at which torchcodec would show it to the end.
         end_s = float(self._video.metadata.end_stream_seconds or 0.0)
         wanted_s, place = np.unique(times_s + self._zero_s + TIME_TOLERANCE_S, return_inverse=True)
@@ -111,11 +117,12 @@ class TorchcodecReader:
                 if (batch.pts_seconds.numpy() > asked_s).any():
                     # Seen in MPEG-TS and in files cut without re-encoding.
                     raise ClipError("decode", self._path, "torchcodec missed its way after a seek")
-                pictures += [resize(picture, size) for picture in batch.data.numpy()]
+                with stage("convert"):
+                    pictures += [resize(picture, size) for picture in batch.data.numpy()]
             if len(inside) < len(wanted_s):
                 last = self._video.get_frame_at(len(self._video) - 1).data.numpy()
                 pictures += [resize(last, size)] * (len(wanted_s) - len(inside))
-        return np.stack([pictures[i] for i in place])
+        return [pictures[i] for i in place]
 
     def read_audio(self, start: int, samples: int) -> NDArray[np.int16]:
         """16 kHz samples from number `start` of the clip's clock on; see `ClipReader`."""

@@ -1,6 +1,7 @@
 """Turn a record of the manifest into one training sample, from its file or from the cache."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
@@ -10,7 +11,9 @@ from numpy.typing import NDArray
 from avmae_fast.config import Config, ConfigError
 from avmae_fast.data.clip import AUDIO_RATE_HZ, ClipError
 from avmae_fast.data.manifest import Record
+from avmae_fast.data.order import DRAWS
 from avmae_fast.data.readers import open_clip, resolve_reader
+from avmae_fast.data.stages import stage
 from avmae_fast.data.windows import (
     ClipEnd,
     Span,
@@ -24,9 +27,6 @@ from avmae_fast.data.windows import (
     waveform_samples,
     window_ticks,
 )
-
-# Uniform draws that place one sample: start, top, left, flip.
-DRAWS = 4
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class Source(Protocol):
     length: int
     has_audio: bool
 
-    def pictures(self, ticks: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Pictures at some ticks, resized to the short side, [N, h, w, 3]."""
+    def pictures(self, ticks: NDArray[np.int64]) -> Sequence[NDArray[np.uint8]] | NDArray[np.uint8]:
+        """Pictures at some ticks, resized to the short side: N of [h, w, 3], all of one size."""
         ...
 
     def sound(self, start: int, samples: int) -> NDArray[np.int16]:
@@ -136,18 +136,49 @@ class FileSource:
     def __exit__(self, *exc: object) -> None:
         self._reader.close()
 
-    def pictures(self, ticks: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def pictures(self, ticks: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         times_s = self._record.start_s + ticks / self._spec.fps
-        return self._reader.read_video(times_s, self._spec.short_side)
+        return self._reader.read_pictures(times_s, self._spec.short_side)
 
     def sound(self, start: int, samples: int) -> NDArray[np.int16]:
         first = round(self._record.start_s * AUDIO_RATE_HZ)
         return self._reader.read_audio(first + start, samples)
 
 
+def open_source(record: Record, spec: SampleSpec) -> FileSource:
+    """A record, ready to be cut; a context manager. Raises as `FileSource` does."""
+    with stage("open"):
+        return FileSource(record, spec)
+
+
 def cut(source: Source, spec: SampleSpec, draws: NDArray[np.float64] | None) -> Sample:
     """One window of a clip: placed by `DRAWS` uniform numbers, or centred where they are None."""
-    u_start, u_top, u_left, u_flip = (None,) * DRAWS if draws is None else draws
+    video = np.empty((1, spec.frames, *spec.crop, 3), np.uint8)
+    waveform = np.empty((1, spec.samples), np.int16)
+    cut_into(source, spec, None if draws is None else draws[None], video, waveform)
+    return Sample(
+        video[0] if spec.frames else None, waveform[0] if spec.samples else None, source.has_audio
+    )
+
+
+def cut_into(
+    source: Source,
+    spec: SampleSpec,
+    draws: NDArray[np.float64] | None,
+    video: NDArray[np.uint8],
+    waveform: NDArray[np.int16],
+) -> None:
+    """The views of one window of a clip, written where they belong.
+
+    Args:
+        draws: [V, DRAWS] uniform numbers; all views begin at the first one's start. None: centred.
+        video: uint8 [V, T, H, W, 3], every byte of which is written; T is 0 without video.
+        waveform: int16 [V, S], likewise.
+
+    Raises:
+        ClipError: what cannot be read; the arrays then hold anything.
+    """
+    u_start = None if draws is None else float(draws[0, 0])
     extent, stride = spec.frames, spec.stride
     if not extent:  # sound alone: its own length decides where it may start
         extent, stride = math.ceil(spec.samples / AUDIO_RATE_HZ * spec.fps), 1
@@ -158,17 +189,35 @@ def cut(source: Source, spec: SampleSpec, draws: NDArray[np.float64] | None) -> 
         start = random_start(u_start, source.ticks, extent, stride)
         first_sample = sound_start(start, spec.fps)
 
-    video = waveform = None
     if spec.frames:
         wanted = window_ticks(start, source.ticks, extent, stride, spec.clip_end)
-        pictures = source.pictures(wanted)
-        video = crop(pictures, spec.crop, u_top, u_left, u_flip if spec.flip else None)
+        with stage("decode"):
+            pictures = source.pictures(wanted)
+        with stage("copy"):
+            for view, out in enumerate(video):
+                _crop_into(out, pictures, spec, None if draws is None else draws[view])
     if spec.samples:
-        waveform = np.zeros(spec.samples, np.int16)
-        if source.has_audio:
-            spans = list(sound_spans(first_sample, spec.samples, source.length, spec.clip_end))
-            _fill(waveform, source, spans)
-    return Sample(video, waveform, source.has_audio)
+        with stage("sound"):
+            _hear_into(waveform[0], source, spec, first_sample)
+        waveform[1:] = waveform[0]
+
+
+def _crop_into(
+    out: NDArray[np.uint8],
+    pictures: Sequence[NDArray[np.uint8]] | NDArray[np.uint8],
+    spec: SampleSpec,
+    draws: NDArray[np.float64] | None,
+) -> None:
+    """Picture by picture, so that a mirrored one is still in the cache when it is copied."""
+    _, u_top, u_left, u_flip = (None,) * DRAWS if draws is None else draws.tolist()
+    for row, picture in zip(out, pictures, strict=True):
+        row[...] = crop(picture[None], spec.crop, u_top, u_left, u_flip if spec.flip else None)[0]
+
+
+def _hear_into(out: NDArray[np.int16], source: Source, spec: SampleSpec, first_sample: int) -> None:
+    out[...] = 0
+    if source.has_audio:
+        _fill(out, source, list(sound_spans(first_sample, out.size, source.length, spec.clip_end)))
 
 
 def _fill(waveform: NDArray[np.int16], source: Source, spans: list[Span]) -> None:

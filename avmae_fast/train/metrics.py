@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from avmae_fast.config import Config
 from avmae_fast.config_file import to_dict
+from avmae_fast.data.clip import ErrorKind
 from avmae_fast.data.loader import Batch
 from avmae_fast.train.flops import clip_flops, peak_flops
 from avmae_fast.train.run_folder import BAD_SAMPLES, METRICS, TENSORBOARD, VALIDATION, ResumePoint
@@ -185,6 +186,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return lines
+
+
+def files_to_exclude(folder: Path, samples: int) -> dict[str, tuple[ErrorKind, str]]:
+    """Files on which the first `samples` samples of a run hung or crashed: path, kind and detail.
+
+    What a reader does to such a file need not be the same every time, so a resumed run leaves them
+    alone, as the run did from then on.
+    """
+    return {
+        line["path"]: (line["kind"], line["detail"])
+        for line in read_lines(folder / BAD_SAMPLES)
+        if line["position"] < samples and line["kind"] in ("timeout", "crash")
+    }
 
 
 def _keep_lines(path: Path, key: str, last: int) -> None:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 
 from avmae_fast.config import Config
@@ -23,7 +22,7 @@ from avmae_fast.train.export import export_encoder
 from avmae_fast.train.guard import Guard, NonFiniteError
 from avmae_fast.train.inputs import InputStage
 from avmae_fast.train.memory_advice import memory_advice
-from avmae_fast.train.metrics import Metrics
+from avmae_fast.train.metrics import Metrics, files_to_exclude
 from avmae_fast.train.optim import ReleasedAdamW, learning_rate, parameter_groups
 from avmae_fast.train.profiler import Profiler
 from avmae_fast.train.readback import Read, Readback
@@ -109,7 +108,9 @@ def pretrain(
     stage, autocast = InputStage(config, device), choose_autocast(train, device)
     point = find_resume_point(config, resume, restart)
     with ExitStack() as stack:
-        clips = stack.enter_context(ClipLoader(config, "train", point.samples if point else 0))
+        samples = point.samples if point else 0
+        excluded = files_to_exclude(train.out, samples)
+        clips = stack.enter_context(ClipLoader(config, "train", samples, excluded=excluded))
         schedule = Schedule.of(train, len(clips.manifest))
         held_out = _held_out_clips(config)
         if held_out is not None:
@@ -193,7 +194,7 @@ def _train(
     guard = Guard(train.out / EVENTS, run.step.names, train.batch, saved)
     device = run.stage.device
     with Metrics(run.config, schedule.steps, point, device) as metrics, StopRequest() as stop:
-        batches, readback = metrics.watch(iter(clips)), Readback()
+        inputs, readback = run.stage.ahead(metrics.watch(iter(clips))), Readback()
         while step < schedule.steps:
             # Before the step, so that a run resumed here validates here.
             if held_out is not None and train.val_every and step and step % train.val_every == 0:
@@ -201,7 +202,7 @@ def _train(
             profiler.before(step + 1)
             began_s = time.monotonic()
             lr = learning_rate(step, schedule.peak_lr, schedule.steps, schedule.warmup_steps)
-            values = run.step(map(run.stage, islice(batches, train.accumulate)), lr)
+            values = run.step(inputs, lr)
             step, samples = step + 1, samples + train.batch
             _note(run, guard, metrics, readback.push(step, samples, values))
             metrics.took(time.monotonic() - began_s)

@@ -56,3 +56,22 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return written[name]
 
     return path_of
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory):
+    """A folder of ten clips of 1 to 2 s and bad ones, whose sound is the number of the sample."""
+    folder = tmp_path_factory.mktemp("clips")
+    for i in range(10):
+        frames = 25 + 3 * i
+        # Lossless, so that every sample says which one it is.
+        ramp = np.arange(frames * 640, dtype=np.float32) / 65536
+        path = folder / f"{i}.mov"
+        write_clip(path, frames=frames, size=(64, 64), sound=ramp, audio_codec="pcm_s16le")
+    write_clip(folder / "aac.mp4", size=(64, 80), rate=44100, channels=2)
+    write_clip(folder / "no_sound.mp4", size=(64, 64), sound=np.zeros(0, np.float32))
+    write_clip(folder / "sound_only.mov", frames=0, sound=tone(2, 16000), audio_codec="pcm_s16le")
+    write_clip(folder / "one_frame.mov", frames=1, size=(64, 64), audio_codec="pcm_s16le")
+    truncate(write_clip(folder / "truncated.mp4", frames=100, size=(64, 64)), 0.3)
+    (folder / "random.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
+    return folder

@@ -11,74 +11,17 @@ from multiprocessing import active_children
 import numpy as np
 import pytest
 import torch
-from media import shown_index, tone, truncate, write_clip
+from loader_cases import AUDIO, GOOD, ROWS, VIDEO
+from loader_cases import assert_same as _assert_same
+from loader_cases import make_config as _config
+from loader_cases import take as _take
+from media import shown_index
 
-from avmae_fast.config import (
-    AudioConfig,
-    Config,
-    ConfigError,
-    DataConfig,
-    ModelConfig,
-    TrainConfig,
-    VideoConfig,
-)
+from avmae_fast.config import ConfigError
 from avmae_fast.data import loader as loader_module
-from avmae_fast.data import workers
 from avmae_fast.data.bad_files import TooManyBadFiles
 from avmae_fast.data.loader import ClipLoader
 from avmae_fast.data.manifest import ManifestError
-from avmae_fast.data.workers import LoaderStalled
-
-VIDEO = VideoConfig(frames=4, height=64, width=64, tubelet=(2, 16, 16))
-AUDIO = AudioConfig(frames=64)
-
-
-@pytest.fixture(scope="session")
-def clips(tmp_path_factory):
-    """A folder of ten clips of 1 to 2 s and bad ones, whose sound is the number of the sample."""
-    folder = tmp_path_factory.mktemp("clips")
-    for i in range(10):
-        frames = 25 + 3 * i
-        # Lossless, so that every sample says which one it is.
-        ramp = np.arange(frames * 640, dtype=np.float32) / 65536
-        path = folder / f"{i}.mov"
-        write_clip(path, frames=frames, size=(64, 64), sound=ramp, audio_codec="pcm_s16le")
-    write_clip(folder / "aac.mp4", size=(64, 80), rate=44100, channels=2)
-    write_clip(folder / "no_sound.mp4", size=(64, 64), sound=np.zeros(0, np.float32))
-    write_clip(folder / "sound_only.mov", frames=0, sound=tone(2, 16000), audio_codec="pcm_s16le")
-    write_clip(folder / "one_frame.mov", frames=1, size=(64, 64), audio_codec="pcm_s16le")
-    truncate(write_clip(folder / "truncated.mp4", frames=100, size=(64, 64)), 0.3)
-    (folder / "random.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
-    return folder
-
-
-GOOD = [f"{i}.mov,{i}" for i in range(10)]
-
-
-def _config(folder, rows=GOOD, *, header="path,label", batch=4, model=None, **data):
-    name = f"manifest{abs(hash((header, tuple(rows)))):x}.csv"
-    (folder / name).write_text("\n".join([header, *rows]) + "\n")
-    defaults = {"workers": 0, "short_side": 64, "flip": False, "max_bad_fraction": 0.9}
-    model = model or {"video": VIDEO, "audio": AUDIO}
-    return Config(
-        model=ModelConfig.of_size("Ti", **model),
-        data=DataConfig(manifest=folder / name, **(defaults | data)),
-        train=TrainConfig(out=folder, batch=batch, steps=1),
-    )
-
-
-def _take(config, count, split="train", start=0):
-    with ClipLoader(config, split, start) as loader:
-        return list(islice(loader, count))
-
-
-def _assert_same(ours, theirs):
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        for name in ("video", "waveform", "keys", "labels", "has_audio"):
-            assert torch.equal(getattr(a, name), getattr(b, name)), name
-        assert a.substituted == b.substituted
-
 
 # --- what a batch holds
 
@@ -194,9 +137,6 @@ def test_seed_decides(clips):
     assert not torch.equal(_take(other, 1)[0].video, first.video)
 
 
-ROWS = [*GOOD[:6], "aac.mp4,7", "random.mp4,8", "truncated.mp4,9", "no_sound.mp4,3"]
-
-
 def test_any_number_of_workers_and_any_start(clips):
     config = _config(clips, ROWS)
     expected = _take(config, 8)
@@ -298,7 +238,7 @@ def test_cache_is_shared_with_workers_and_freed(clips, monkeypatch):
         uncached = replace(config, data=replace(config.data, cache="none", workers=0))
         batches = list(islice(loader, 3))
         _assert_same(batches, _take(uncached, 3))
-        file = shared._file
+        file = shared._block._file
         os.fstat(file)
     del shared
     assert not cache_module._CACHES
@@ -340,10 +280,14 @@ def test_settings_that_cannot_work(clips, monkeypatch):
         ClipLoader(_config(clips, short_side=48))
     with pytest.raises(ValueError, match="start must be a position, at least 0, got -4"):
         ClipLoader(_config(clips), start=-4)
-    usage = type("Usage", (), {"free": 2**16})
-    monkeypatch.setattr(loader_module.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ConfigError, match="shared memory, /dev/shm has 0 MiB free.*--shm-size"):
+    with pytest.raises(ValueError, match="rank must be from 0 to world - 1 = 1, got 2"):
+        ClipLoader(_config(clips), rank=2, world=2)
+    with pytest.raises(ConfigError, match="train.accumulate = 4 is not valid with 3 ranks"):
+        ClipLoader(_config(clips), world=3)
+    monkeypatch.setattr(loader_module, "free_memory", lambda: 2**16)
+    with pytest.raises(ConfigError, match="data.workers = 2 .* MiB of memory, 0 MiB are free"):
         ClipLoader(_config(clips, workers=2))
+    monkeypatch.undo()
     loader = ClipLoader(_config(clips))
     loader.close()
     with pytest.raises(ValueError, match="closed"):
@@ -365,15 +309,6 @@ def test_workers_outlive_signals_and_end_with_the_loader(clips):
             next(batches)
         assert worker.is_alive()
     assert not worker.is_alive()
-
-
-def test_a_stall_is_an_error(clips, monkeypatch):
-    monkeypatch.setattr(workers, "STALL_S", 1e-3)
-    before = set(active_children())
-    loader = ClipLoader(_config(clips, workers=1))
-    with pytest.raises(LoaderStalled, match="nothing came .* reader pyav"):
-        next(iter(loader))
-    assert set(active_children()) <= before
 
 
 def _run_script(clips, config, body):

@@ -20,7 +20,7 @@ BAD_SAMPLES = {5, 9, 13}
 @pytest.fixture
 def bad_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples whose spectrogram is not a number, as if a file were so."""
-    make = InputStage.__call__
+    make = InputStage._make
 
     def broken(self: InputStage, batch: Any) -> dict[str, Any]:
         inputs = make(self, batch)
@@ -29,7 +29,7 @@ def bad_samples(monkeypatch: pytest.MonkeyPatch) -> None:
                 inputs["audio"][row] = math.nan
         return inputs
 
-    monkeypatch.setattr(InputStage, "__call__", broken)
+    monkeypatch.setattr(InputStage, "_make", broken)
 
 
 def test_names_sample_and_layer(make_config: Callable[..., Config], bad_samples: None) -> None:
