@@ -306,6 +306,8 @@ class TrainConfig:
     steps so small that the host cannot keep up with the GPU. `deterministic` makes two runs on one
     machine equal to the bit; the engine's own kernels are so anyway, libraries are slower for it.
     `wandb` is a project of Weights & Biases to log to as well.
+    Where torchrun starts several processes, each trains on its part of every micro-batch;
+    `parallel` says whether all hold the whole model (ddp) or each a part of it (fsdp2).
     Exactly one of `steps` and `epochs` is set; `warmup_epochs` or `warmup_steps` likewise.
     """
 
@@ -324,6 +326,7 @@ class TrainConfig:
     activation_checkpoint: Literal["none", "selective", "full"] = "selective"
     cuda_graph: bool = False
     deterministic: bool = False
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
     seed: int = 42
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -361,6 +364,7 @@ class TrainConfig:
                 _require(value is None or value >= 0, name, value, "at least 0")
             ok = self.warmup_steps is None or self.warmup_epochs is None
             _require(ok, names[0], self.warmup_steps, f"absent where {names[1]} is set")
+        _require_choice("train.parallel", self.parallel, Literal["ddp", "fsdp2"])
         choices = Literal["none", "selective", "full"]
         _require_choice("train.activation_checkpoint", self.activation_checkpoint, choices)
         if self.clip_grad is not None:

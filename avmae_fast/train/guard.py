@@ -5,7 +5,6 @@ the samples it was made of, and the run goes on. Three in a row, or 20 in 1,000,
 anything is saved. A gradient many times the size of the recent ones is logged and let through.
 """
 
-import json
 import logging
 import math
 import statistics
@@ -14,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from avmae_fast.train.lines import append_lines
 from avmae_fast.train.readback import Read
 
 logger = logging.getLogger(__name__)
@@ -39,14 +39,15 @@ class Guard:
     """Looks at the values of every step.
 
     Args:
-        log: file that gets a line for each step that was skipped or stood out.
+        log: file that gets a line for each step that was skipped or stood out; None for a process
+            that leaves that to another.
         names: of the values, as `TrainStep.names`; the last is the norm of the gradient.
         batch: samples a step.
         state: what `state` returned when the run was saved.
     """
 
     def __init__(
-        self, log: Path, names: Sequence[str], batch: int, state: Mapping[str, Any] | None
+        self, log: Path | None, names: Sequence[str], batch: int, state: Mapping[str, Any] | None
     ) -> None:
         self._log, self._names, self._batch = log, names, batch
         state = state or {"skipped": [], "norms": []}
@@ -72,18 +73,21 @@ class Guard:
         if len(self._norms) >= SPIKE_MIN_STEPS:
             usual = statistics.median(self._norms)
             if norm > SPIKE * usual:
-                self._note(read, "spike", values)
-                logger.warning(
-                    "step %d: the gradient's norm is %.3g, %.0f times the median of the last %d "
-                    "steps (samples %s)",
-                    read.step, norm, norm / usual, len(self._norms), self._samples(read),
-                )  # fmt: skip
+                self._spike(read, values, usual)
         self._norms.append(norm)
         return values
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to count on."""
         return {"skipped": self._skipped, "norms": list(self._norms)}
+
+    def _spike(self, read: Read, values: Mapping[str, float], usual: float) -> None:
+        self._note(read, "spike", values)
+        norm = values[self._names[-1]]
+        self._warn(
+            f"step {read.step}: the gradient's norm is {norm:.3g}, {norm / usual:.0f} times the "
+            f"median of the last {len(self._norms)} steps (samples {self._samples(read)})"
+        )
 
     def _skip(self, read: Read, values: Mapping[str, float]) -> None:
         self._note(read, "skipped", values)
@@ -94,7 +98,7 @@ class Guard:
         last = recent[-MAX_IN_A_ROW:]
         in_a_row = last == list(range(read.step - MAX_IN_A_ROW + 1, read.step + 1))
         if not in_a_row and len(recent) < MAX_RECENT:
-            logger.warning("%s: the step is skipped, weights stay as they are", what)
+            self._warn(f"{what}: the step is skipped, weights stay as they are")
             return
         count = f"{MAX_IN_A_ROW} in a row" if in_a_row else f"{MAX_RECENT} in {RECENT}"
         raise NonFiniteError(
@@ -104,13 +108,18 @@ class Guard:
             read.step, read.samples - self._batch, self._batch,
         )  # fmt: skip
 
+    def _warn(self, text: str) -> None:
+        if self._log is not None:
+            logger.warning(text)
+
     def _note(self, read: Read, event: str, values: Mapping[str, float]) -> None:
+        if self._log is None:
+            return
         line: dict[str, Any] = {"step": read.step, "event": event}
         line |= {"first_sample": read.samples - self._batch, "samples": self._batch}
         # JSON has no word for what is not a number.
         line |= {n: value if math.isfinite(value) else str(value) for n, value in values.items()}
-        with self._log.open("a") as file:
-            file.write(f"{json.dumps(line)}\n")
+        append_lines(self._log, [line])
 
     def _samples(self, read: Read) -> str:
         return f"{read.samples - self._batch} to {read.samples - 1}"

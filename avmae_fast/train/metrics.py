@@ -9,13 +9,10 @@ that stood out, events.jsonl, and the files that could not be read and had to be
 bad_samples.jsonl.
 """
 
-import json
-import os
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -23,10 +20,17 @@ from tqdm import tqdm
 
 from avmae_fast.config import Config
 from avmae_fast.config_file import to_dict
-from avmae_fast.data.clip import ErrorKind
 from avmae_fast.data.loader import Batch
+from avmae_fast.train.distributed import World
 from avmae_fast.train.flops import clip_flops, peak_flops
-from avmae_fast.train.run_folder import BAD_SAMPLES, METRICS, TENSORBOARD, VALIDATION, ResumePoint
+from avmae_fast.train.lines import append_lines
+from avmae_fast.train.run_folder import (
+    METRICS,
+    TENSORBOARD,
+    VALIDATION,
+    ResumePoint,
+    bad_samples_of,
+)
 
 
 class Metrics:
@@ -36,11 +40,20 @@ class Metrics:
         steps: where the run ends.
         point: where it is resumed; what the earlier run wrote beyond it is dropped.
         device: what it runs on.
+        world: of several processes, the one that writes; the others write their bad samples only.
     """
 
     def __init__(
-        self, config: Config, steps: int, point: ResumePoint | None, device: torch.device
+        self,
+        config: Config,
+        steps: int,
+        point: ResumePoint | None,
+        device: torch.device,
+        world: World,
     ) -> None:
+        self._writes = world.writes
+        # Files of a process each: appending to one from several machines would mix up lines.
+        self._bad_samples = config.train.out / bad_samples_of(world.rank)
         peak = peak_flops(device)
         self._mfu_of_one = None if peak is None else clip_flops(config.model) / peak
         self._batch = config.train.batch
@@ -52,23 +65,21 @@ class Metrics:
         self._count: int = state["count"]
         self._began_s = time.monotonic() - state["time_s"]
         self._timed_steps, self._step_s, self._wait_s = 0, 0.0, 0.0
-        step, samples = (point.step, point.samples) if point else (0, 0)
-        _keep_lines(self._folder / METRICS, "step", step)
-        # A validation at `step` comes after its checkpoint, so it is done again.
-        _keep_lines(self._folder / VALIDATION, "step", step - 1)
-        _keep_lines(self._folder / BAD_SAMPLES, "position", samples - 1)
+        step = point.step if point else 0
         self.tensorboard = None
-        if config.train.tensorboard:
+        if config.train.tensorboard and world.writes:
             from torch.utils.tensorboard import SummaryWriter
 
             folder = self._folder / TENSORBOARD
             self.tensorboard = SummaryWriter(str(folder), purge_step=step + 1)
-        self._wandb = None if config.train.wandb is None else _start_wandb(config)
+        self._wandb = None
+        if config.train.wandb is not None and world.writes:
+            self._wandb = _start_wandb(config)
         self._bar = tqdm(
             total=steps,
             initial=step,
             desc="step",
-            disable=None,
+            disable=None if world.writes else True,
             dynamic_ncols=True,
             bar_format="{desc} {n_fmt}/{total_fmt} |{bar:16}| ETA {remaining}{postfix}",
         )
@@ -90,7 +101,7 @@ class Metrics:
             began_s = time.monotonic()
             batch = next(batches)
             self._wait_s += time.monotonic() - began_s
-            _append(self._folder / BAD_SAMPLES, map(asdict, batch.substituted))
+            append_lines(self._bad_samples, map(asdict, batch.substituted))
             yield batch
 
     def add(self, values: Mapping[str, float]) -> None:
@@ -115,15 +126,18 @@ class Metrics:
         line["data_wait_fraction"] = self._wait_s / self._step_s
         line["mfu"] = self._mfu_of_one and self._mfu_of_one * line["clips_per_s"]
         line["time_s"] = self._elapsed_s()
-        _append(self._folder / METRICS, [line])
-        self._to_tensorboard("train", line, step)
-        self._show(step, line)
+        if self._writes:
+            append_lines(self._folder / METRICS, [line])
+            self._to_tensorboard("train", line, step)
+            self._show(step, line)
         self._sums, self._count = {}, 0
         self._timed_steps, self._step_s, self._wait_s = 0, 0.0, 0.0
 
     def write_validation(self, step: int, values: Mapping[str, float]) -> None:
         """Write one line of validation.jsonl."""
-        _append(self._folder / VALIDATION, [{"step": step, **values}])
+        if not self._writes:
+            return
+        append_lines(self._folder / VALIDATION, [{"step": step, **values}])
         self._to_tensorboard("validation", values, step)
         self._say(f"step {step}: validation " + _losses(values))
 
@@ -173,50 +187,6 @@ def _start_wandb(config: Config) -> Any:
         dir=str(out),
         config=to_dict(config),
     )
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last one that was cut off is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
-def files_to_exclude(folder: Path, samples: int) -> dict[str, tuple[ErrorKind, str]]:
-    """Files on which the first `samples` samples of a run hung or crashed: path, kind and detail.
-
-    What a reader does to such a file need not be the same every time, so a resumed run leaves them
-    alone, as the run did from then on.
-    """
-    return {
-        line["path"]: (line["kind"], line["detail"])
-        for line in read_lines(folder / BAD_SAMPLES)
-        if line["position"] < samples and line["kind"] in ("timeout", "crash")
-    }
-
-
-def _keep_lines(path: Path, key: str, last: int) -> None:
-    """Keep the lines up to `last`; the others will be written again."""
-    if path.exists():
-        partial = path.with_name(f".partial-{path.name}")
-        partial.write_text(_as_text(line for line in read_lines(path) if line[key] <= last))
-        os.replace(partial, path)
-
-
-def _append(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    if text := _as_text(lines):
-        with path.open("a") as file:
-            file.write(text)
-
-
-def _as_text(lines: Iterable[Mapping[str, Any]]) -> str:
-    return "".join(f"{json.dumps(line)}\n" for line in lines)
 
 
 def _losses(values: Mapping[str, float]) -> str:

@@ -10,6 +10,7 @@ import torch
 from avmae_fast.config import Config, ConfigError, Modality, ModelConfig, TrainConfig
 from avmae_fast.models import AudiovisualMAE
 from avmae_fast.models.blocks import set_checkpoint
+from avmae_fast.train.distributed import World
 from avmae_fast.train.step import Autocast, CapturedStep, TrainStep
 from avmae_kernels._ptxas import use_newest_ptxas
 from avmae_kernels._triton import HAVE_TRITON
@@ -80,13 +81,19 @@ def _require_room(target: MaskSpec, shown: MaskSpec, other: Modality) -> None:
         )
 
 
-def choose_device(train: TrainConfig) -> torch.device:
-    """The device of a run; a GPU where there is one, unless the configuration says otherwise."""
+def choose_device(train: TrainConfig, world: World | None = None) -> torch.device:
+    """The device of a process: a GPU where there is one, unless `train.device` says otherwise."""
     if train.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("train.device = 'cuda' is not valid: torch sees no CUDA device here")
-    if train.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(train.device)
+    if train.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    number = 0 if world is None else world.local_rank
+    if number >= torch.cuda.device_count():
+        raise ConfigError(
+            f"{number + 1} processes or more were started on a machine with "
+            f"{torch.cuda.device_count()} GPUs: start as many as there are"
+        )
+    return torch.device("cuda", number)
 
 
 def choose_autocast(train: TrainConfig, device: torch.device) -> Autocast:
@@ -98,8 +105,12 @@ def choose_autocast(train: TrainConfig, device: torch.device) -> Autocast:
     return lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
-def choose_step(train: TrainConfig, device: torch.device) -> type[TrainStep]:
+def choose_step(train: TrainConfig, device: torch.device, world: World) -> type[TrainStep]:
     """How a step is launched: kernel by kernel, or as CUDA graphs."""
+    if train.cuda_graph and world.size > 1:
+        raise ConfigError(
+            f"train.cuda_graph = True is not valid with {world.size} processes: it must be false"
+        )
     if train.cuda_graph and device.type != "cuda":
         raise ConfigError(
             f"train.cuda_graph = True is not valid on {device.type}: it must be false, or the "

@@ -56,11 +56,10 @@ class Replayed:
         return text
 
 
-def keep_failed(out: Path, model: nn.Module, error: NonFiniteError) -> Path:
+def keep_failed(out: Path, weights: dict[str, Tensor], error: NonFiniteError) -> Path:
     """Write what `replay` needs below the folder of a run, in place of an earlier one."""
     folder = out / FAILED / f"step-{error.step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
     save_file(weights, folder / _WEIGHTS)
     record = {"step": error.step, "first_sample": error.first_sample, "samples": error.samples}
     (folder / _RECORD).write_text(json.dumps(record) + "\n")

@@ -26,15 +26,15 @@ from avmae_fast.train.evaluate import Evaluation, evaluate
 from avmae_fast.train.export import encoder_names
 from avmae_fast.train.figures import clip_grid, loss_curves
 from avmae_fast.train.inputs import InputStage
-from avmae_fast.train.metrics import read_lines
+from avmae_fast.train.lines import read_lines
 from avmae_fast.train.page import page, sentences
 from avmae_fast.train.recipe import Autocast
 from avmae_fast.train.run_folder import (
-    BAD_SAMPLES,
     METRICS,
     REPORT,
     VALIDATION,
     RunFolderError,
+    read_bad_samples,
     versions,
 )
 
@@ -93,7 +93,7 @@ def summarise(
     """
     last = lines[-1]
     encoder = encoder_names(model)
-    bad = read_lines(config.train.out / BAD_SAMPLES)
+    bad = read_bad_samples(config.train.out)
     kinds = {line["path"]: line["kind"] for line in reversed(bad)}
     counts = Counter(line["path"] for line in bad)
     return {

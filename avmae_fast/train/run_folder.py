@@ -2,7 +2,7 @@
 
 run.json               the configuration and the versions that ran it
 checkpoints/           see avmae_fast.train.checkpoint
-metrics.jsonl, validation.jsonl, bad_samples.jsonl, events.jsonl, tensorboard/
+metrics.jsonl, validation.jsonl, events.jsonl, bad_samples.jsonl, tensorboard/
 failed/                weights and samples of a step that stopped a run, see avmae_fast.train.replay
 run.lock               see avmae_fast.train.lock
 encoder.safetensors, encoder.json, report/       written at the end
@@ -26,6 +26,7 @@ import torch
 
 from avmae_fast.config import Config
 from avmae_fast.config_file import differing_fields, from_dict, to_dict
+from avmae_fast.data.clip import ErrorKind
 from avmae_fast.train.checkpoint import (
     CheckpointError,
     Refused,
@@ -34,6 +35,7 @@ from avmae_fast.train.checkpoint import (
     set_aside,
     steps_saved,
 )
+from avmae_fast.train.lines import cut_lines, read_lines
 from avmae_fast.train.lock import LOCK, RunLock
 
 logger = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ logger = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 EVENTS = "events.jsonl"
-BAD_SAMPLES = "bad_samples.jsonl"
+_BAD_SAMPLES = "bad_samples"
 TENSORBOARD = "tensorboard"
 PROFILE = "profile"
 REPORT = "report"
@@ -59,7 +61,6 @@ _CONTENTS = (
     VALIDATION,
     EVENTS,
     FAILED,
-    BAD_SAMPLES,
     "encoder.safetensors",
     "encoder.json",
     RUN,
@@ -180,6 +181,7 @@ def open_run(
             if restart:
                 _delete_run(out)
             _require_room(out, config.train.keep_checkpoints, checkpoint_bytes)
+            _cut_back(out, point)
             _write_down(config, point)
         yield
 
@@ -208,6 +210,17 @@ def _require_room(out: Path, keep: int, checkpoint_bytes: int) -> None:
         )
 
 
+def _cut_back(out: Path, point: ResumePoint | None) -> None:
+    """Drop what an earlier run wrote beyond the point where this one goes on."""
+    step, samples = (point.step, point.samples) if point else (0, 0)
+    cut_lines(out / METRICS, "step", step)
+    cut_lines(out / EVENTS, "step", step)
+    # A validation at `step` comes after its checkpoint, so it is done again.
+    cut_lines(out / VALIDATION, "step", step - 1)
+    for path in _bad_sample_files(out):
+        cut_lines(path, "position", samples - 1)
+
+
 def _write_down(config: Config, point: ResumePoint | None) -> None:
     out = config.train.out
     partial = out / f".partial-{RUN}"
@@ -229,6 +242,34 @@ def read_run(out: Path) -> Config:
         return from_dict(json.loads((out / RUN).read_text())["config"])
     except (OSError, ValueError, KeyError) as error:
         raise RunFolderError(f"{str(out)!r} is not the folder of a run: no {RUN} in it") from error
+
+
+def bad_samples_of(rank: int) -> str:
+    """Name of the file in which a process notes what it could not read."""
+    return f"{_BAD_SAMPLES}.rank{rank}.jsonl" if rank else f"{_BAD_SAMPLES}.jsonl"
+
+
+def read_bad_samples(out: Path) -> list[dict[str, Any]]:
+    """What all processes of a run could not read, in the order of the samples."""
+    lines = [line for path in _bad_sample_files(out) for line in read_lines(path)]
+    return sorted(lines, key=lambda line: line["position"])
+
+
+def files_to_exclude(out: Path, samples: int) -> dict[str, tuple[ErrorKind, str]]:
+    """Files on which the first `samples` samples of a run hung or crashed: path, kind and detail.
+
+    What a reader does to such a file need not be the same every time, so a resumed run leaves them
+    alone, as the run did from then on.
+    """
+    return {
+        line["path"]: (line["kind"], line["detail"])
+        for line in read_bad_samples(out)
+        if line["position"] < samples and line["kind"] in ("timeout", "crash")
+    }
+
+
+def _bad_sample_files(out: Path) -> list[Path]:
+    return sorted(out.glob(f"{_BAD_SAMPLES}*.jsonl"))
 
 
 def versions() -> dict[str, str]:
@@ -268,6 +309,8 @@ def _require_same_model(config: Config, state: dict[str, Any], path: Path) -> No
 
 def _delete_run(out: Path) -> None:
     """Delete what runs write; anything else in the folder stays."""
+    for path in _bad_sample_files(out):
+        path.unlink()
     for name in _CONTENTS:
         if (out / name).is_dir():
             shutil.rmtree(out / name)

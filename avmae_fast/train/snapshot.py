@@ -37,7 +37,7 @@ class Snapshot:
                     moments[f"{names[index]}/{key}"] = value
                 else:
                     scalars.setdefault(names[index], {})[key] = value
-        return cls(_on_host(model.state_dict(), keep), _on_host(moments, keep), scalars)
+        return cls(whole_weights(model, keep), _on_host(moments, keep), scalars)
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put it in place; each process takes its part of what is sharded."""
@@ -53,6 +53,11 @@ class Snapshot:
             state[index[name]][field] = _part_of(tensor, parameters[name])
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def whole_weights(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """Weights by state-dict name; all processes must ask, those that do not `keep` get none."""
+    return _on_host(model.state_dict(), keep)
 
 
 def restore_weights(weights: Mapping[str, Tensor], model: nn.Module) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from avmae_fast.train.guard import Guard, NonFiniteError
-from avmae_fast.train.metrics import read_lines
+from avmae_fast.train.lines import read_lines
 from avmae_fast.train.readback import Read
 
 NAMES = ("loss", "grad_norm")

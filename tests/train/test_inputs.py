@@ -74,7 +74,7 @@ def test_ahead_gives_every_batch_in_order(make_config, device):
 
 
 def test_files_that_hung_stay_excluded(tmp_path):
-    from avmae_fast.train.metrics import files_to_exclude
+    from avmae_fast.train.run_folder import files_to_exclude
 
     lines = [
         (3, "a.mp4", "timeout"),

@@ -19,7 +19,8 @@ from avmae_fast.models import AudiovisualMAE
 from avmae_fast.train import pretrain as loop
 from avmae_fast.train.checkpoint import CheckpointError
 from avmae_fast.train.export import load_encoder
-from avmae_fast.train.metrics import Metrics, read_lines
+from avmae_fast.train.lines import read_lines
+from avmae_fast.train.metrics import Metrics
 from avmae_fast.train.pretrain import NonFiniteError, pretrain
 from avmae_fast.train.run_folder import RunFolderError
 

@@ -16,7 +16,7 @@ from avmae_fast.models.patches import patchify
 from avmae_fast.train import evaluate as evaluation
 from avmae_fast.train import report
 from avmae_fast.train.inputs import InputStage
-from avmae_fast.train.metrics import read_lines
+from avmae_fast.train.lines import read_lines
 from avmae_fast.train.pictures import draw
 from avmae_fast.train.pretrain import pretrain
 from avmae_fast.train.probe import Features, chance_accuracy, probe_accuracy

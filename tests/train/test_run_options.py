@@ -115,7 +115,12 @@ def test_full_disk_leaves_what_was_saved(make_config: MakeConfig, tmp_path: Path
     code = (
         "import resource, sys\n"
         "from avmae_fast.cli import main\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, resource.RLIM_INFINITY))\n"
+        "from avmae_fast.train import checkpoint\n"
+        "save = checkpoint._save_tensors\n"
+        "def save_on_a_small_disk(*args):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, resource.RLIM_INFINITY))\n"
+        "    save(*args)\n"
+        "checkpoint._save_tensors = save_on_a_small_disk\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     done = subprocess.run(
