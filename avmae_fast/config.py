@@ -7,7 +7,7 @@ names the field, the value it got and what would be valid.
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 Fusion = Literal["early", "mid", "separate", "shared"]
 Decoding = Literal["joint", "shared", "separate"]
@@ -172,6 +172,24 @@ class AudioConfig:
     def patch_dim(self) -> int:
         """Values in one patch, in the order (time, frequency)."""
         return math.prod(self.patch)
+
+
+class Backbone(Protocol):
+    """What all models say about their tokens and blocks, whatever they are trained for."""
+
+    @property
+    def video(self) -> VideoConfig | None: ...
+    @property
+    def audio(self) -> AudioConfig | None: ...
+    @property
+    def encoder_norm(self) -> bool: ...
+    @property
+    def gelu(self) -> Literal["tanh", "erf"]: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+    @property
+    def modalities(self) -> tuple[Modality, ...]: ...
+    def input(self, modality: Modality) -> VideoConfig | AudioConfig: ...
 
 
 @dataclass(frozen=True, kw_only=True)

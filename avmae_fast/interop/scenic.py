@@ -6,7 +6,7 @@ Layouts: Flax stores kernels as [in, out], attention kernels as [in, H, d] or [H
 kernels as [t, h, w, c, out] or [time, frequency, 1, out]; H heads, d head_dim.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from avmae_fast.config import Modality, ModelConfig, StackConfig, VideoConfig
+from avmae_fast.config import AudioConfig, Modality, ModelConfig, StackConfig, VideoConfig
 
 SCENIC_MODALITY: dict[Modality, str] = {"video": "rgb", "audio": "spectrogram"}
 
@@ -54,7 +54,11 @@ def from_scenic(params: Mapping[str, Array], config: ModelConfig) -> dict[str, T
     Raises:
         ValueError: leaves are missing, superfluous or of another shape; the text names them.
     """
-    entries = entries_of(config)
+    return read_leaves(params, entries_of(config))
+
+
+def read_leaves(params: Mapping[str, Array], entries: Sequence[Entry]) -> dict[str, Tensor]:
+    """`from_scenic` by any table."""
     _check(params, {leaf: e.flax_shape for e in entries for leaf in e.leaves}, "Scenic leaves")
     state = {}
     for entry in entries:
@@ -73,7 +77,11 @@ def to_scenic(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Arr
     Raises:
         ValueError: names are missing, superfluous or of another shape; the text names them.
     """
-    entries = entries_of(config)
+    return write_leaves(state, entries_of(config))
+
+
+def write_leaves(state: Mapping[str, Tensor], entries: Sequence[Entry]) -> dict[str, Array]:
+    """`to_scenic` by any table."""
     _check(state, {entry.name: entry.shape for entry in entries}, "parameters")
     leaves = {}
     for entry in entries:
@@ -110,40 +118,31 @@ def entries_of(config: ModelConfig) -> list[Entry]:
     for prefix, (scenic, layers) in stack_names(config).items():
         stack = config.encoder if prefix.startswith("encoder") else config.decoder
         for i in range(layers):
-            entries += _block_entries(f"{prefix}.blocks.{i}", f"{scenic}/encoderblock_{i}", stack)
+            entries += block_entries(f"{prefix}.blocks.{i}", f"{scenic}/encoderblock_{i}", stack)
         if config.encoder_norm:
-            entries += _norm_entries(f"{prefix}.norm", f"{scenic}/encoder_norm", stack.width)
+            entries += norm_entries(f"{prefix}.norm", f"{scenic}/encoder_norm", stack.width)
     return entries
 
 
 def _modality_entries(config: ModelConfig, m: Modality) -> list[Entry]:
     spec, name = config.input(m), SCENIC_MODALITY[m]
     width, narrow, values = config.encoder.width, config.decoder.width, spec.patch_dim
-    patch = (*spec.tubelet, 3) if isinstance(spec, VideoConfig) else (*spec.patch, 1)
-    embedding = f"embedding_{name}"
     entries = [
-        Entry(
-            f"patch_embed.{m}.weight",
-            (f"{embedding}/kernel",),
-            (*patch, width),
-            (width, values),
-            transpose=True,
-        ),
-        Entry(f"patch_embed.{m}.bias", (f"{embedding}/bias",), (width,), (width,)),
-        _token(f"mask_token.{m}", f"mask_token_{name}", narrow),
+        *embedding_entries(f"patch_embed.{m}", f"embedding_{name}", spec, width),
+        token_entry(f"mask_token.{m}", f"mask_token_{name}", narrow),
     ]
-    entries += _dense_entries(
+    entries += dense_entries(
         f"decoder_embed.{m}",
         f"decoder_projection_{name}",
         width,
         narrow,
         bias=config.projection_bias,
     )
-    entries += _dense_entries(f"head.{m}", f"output_projection_{name}", narrow, values)
+    entries += dense_entries(f"head.{m}", f"output_projection_{name}", narrow, values)
     if config.modality_tokens:
-        entries.append(_token(f"modality_token.{m}", f"Encoder_modality_token_{name}", width))
+        entries.append(token_entry(f"modality_token.{m}", f"Encoder_modality_token_{name}", width))
         entries.append(
-            _token(f"decoder_modality_token.{m}", f"Decoder_modality_token_{name}", narrow)
+            token_entry(f"decoder_modality_token.{m}", f"Decoder_modality_token_{name}", narrow)
         )
     if config.positions == "learned":
         table, shape = f"posembed_input_{name}/pos_embedding", (spec.tokens, width)
@@ -151,12 +150,28 @@ def _modality_entries(config: ModelConfig, m: Modality) -> list[Entry]:
     return entries
 
 
-def _block_entries(name: str, scenic: str, stack: StackConfig) -> list[Entry]:
+def embedding_entries(
+    name: str, scenic: str, spec: VideoConfig | AudioConfig, width: int
+) -> list[Entry]:
+    """A patch embedding."""
+    patch = (*spec.tubelet, 3) if isinstance(spec, VideoConfig) else (*spec.patch, 1)
+    kernel = Entry(
+        f"{name}.weight",
+        (f"{scenic}/kernel",),
+        (*patch, width),
+        (width, spec.patch_dim),
+        transpose=True,
+    )
+    return [kernel, Entry(f"{name}.bias", (f"{scenic}/bias",), (width,), (width,))]
+
+
+def block_entries(name: str, scenic: str, stack: StackConfig) -> list[Entry]:
+    """A transformer block."""
     width, heads = stack.width, (stack.heads, stack.head_dim)
     attention = f"{scenic}/MultiHeadDotProductAttention_0"
     qkv = [f"{attention}/{part}" for part in ("query", "key", "value")]
     return [
-        *_norm_entries(f"{name}.norm1", f"{scenic}/LayerNorm_0", width),
+        *norm_entries(f"{name}.norm1", f"{scenic}/LayerNorm_0", width),
         Entry(
             f"{name}.attn.qkv.weight",
             tuple(f"{part}/kernel" for part in qkv),
@@ -173,22 +188,24 @@ def _block_entries(name: str, scenic: str, stack: StackConfig) -> list[Entry]:
             transpose=True,
         ),
         Entry(f"{name}.attn.proj.bias", (f"{attention}/out/bias",), (width,), (width,)),
-        *_norm_entries(f"{name}.norm2", f"{scenic}/LayerNorm_1", width),
-        *_dense_entries(f"{name}.mlp.fc1", f"{scenic}/MlpBlock_0/Dense_0", width, stack.mlp),
-        *_dense_entries(f"{name}.mlp.fc2", f"{scenic}/MlpBlock_0/Dense_1", stack.mlp, width),
+        *norm_entries(f"{name}.norm2", f"{scenic}/LayerNorm_1", width),
+        *dense_entries(f"{name}.mlp.fc1", f"{scenic}/MlpBlock_0/Dense_0", width, stack.mlp),
+        *dense_entries(f"{name}.mlp.fc2", f"{scenic}/MlpBlock_0/Dense_1", stack.mlp, width),
     ]
 
 
-def _norm_entries(name: str, scenic: str, width: int) -> list[Entry]:
+def norm_entries(name: str, scenic: str, width: int) -> list[Entry]:
+    """A LayerNorm."""
     return [
         Entry(f"{name}.weight", (f"{scenic}/scale",), (width,), (width,)),
         Entry(f"{name}.bias", (f"{scenic}/bias",), (width,), (width,)),
     ]
 
 
-def _dense_entries(
+def dense_entries(
     name: str, scenic: str, inputs: int, outputs: int, bias: bool = True
 ) -> list[Entry]:
+    """A linear layer."""
     kernel = Entry(
         f"{name}.weight",
         (f"{scenic}/kernel",),
@@ -201,7 +218,8 @@ def _dense_entries(
     return [kernel, Entry(f"{name}.bias", (f"{scenic}/bias",), (outputs,), (outputs,))]
 
 
-def _token(name: str, scenic: str, width: int) -> Entry:
+def token_entry(name: str, scenic: str, width: int) -> Entry:
+    """A single learned vector."""
     return Entry(name, (scenic,), (1, 1, width), (width,))
 
 

@@ -1,7 +1,22 @@
-"""Models on packed tokens: `AudiovisualMAE` pretrains, `Encoder` is what it leaves behind."""
+"""Models on packed tokens.
+
+`AudiovisualMAE` pretrains, `Encoder` is what it leaves behind, `Classifier` is fine-tuned.
+"""
 
 from avmae_fast.models.autoencoder import AudiovisualMAE, Reconstruction
+from avmae_fast.models.classifier import Classifier, Prediction
+from avmae_fast.models.drop_path import DropPath, draw_dropped
 from avmae_fast.models.encoder import Encoder
 from avmae_fast.models.layout import TokenLayout, TokenMask
 
-__all__ = ["AudiovisualMAE", "Encoder", "Reconstruction", "TokenLayout", "TokenMask"]
+__all__ = [
+    "AudiovisualMAE",
+    "Classifier",
+    "DropPath",
+    "Encoder",
+    "Prediction",
+    "Reconstruction",
+    "TokenLayout",
+    "TokenMask",
+    "draw_dropped",
+]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from avmae_fast.config import ModelConfig, StackConfig
+from avmae_fast.config import Backbone, StackConfig
 from avmae_fast.models.init import xavier_linear
 from avmae_fast.models.layout import Tail, TokenLayout
 from avmae_fast.models.memory import Checkpoint, product
@@ -84,7 +84,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """x + Attention(LN(x)), then x + Mlp(LN(x)); the last addition is left to the next seam."""
 
-    def __init__(self, stack: StackConfig, config: ModelConfig) -> None:
+    def __init__(self, stack: StackConfig, config: Backbone) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(stack.width, config.layer_norm_eps)
         self.attn = Attention(stack.width, stack.heads)
@@ -103,18 +103,18 @@ class Block(nn.Module):
 
         `selective` keeps what `avmae_fast.models.memory` says.
         """
-        x, h = _seam(x, update, self.norm1)
-        attended = self.attn(h, layout, tail, _again(x, self.norm1) if selective else None)
+        x, h = seam(x, update, self.norm1)
+        attended = self.attn(h, layout, tail, norm_again(x, self.norm1) if selective else None)
         if tail is not None:
             x = x[tail.rows]
-        x, h = _seam(x, attended, self.norm2)
-        return x, self.mlp(h, _again(x, self.norm2) if selective else None)
+        x, h = seam(x, attended, self.norm2)
+        return x, self.mlp(h, norm_again(x, self.norm2) if selective else None)
 
 
 class Stack(nn.Module):
     """`layers` blocks and, unless it is switched off, the LayerNorm that closes every stack."""
 
-    def __init__(self, stack: StackConfig, config: ModelConfig, layers: int | None = None) -> None:
+    def __init__(self, stack: StackConfig, config: Backbone, layers: int | None = None) -> None:
         super().__init__()
         count = stack.layers if layers is None else layers
         self.blocks = nn.ModuleList(Block(stack, config) for _ in range(count))
@@ -127,22 +127,24 @@ class Stack(nn.Module):
         """[T, D] to [T, D], or to [Q, D] where only a tail of each sequence is asked for."""
         update: Tensor | None = None
         last = len(self.blocks) - 1
-        for i, block in enumerate(self.blocks):
+        for i in range(len(self.blocks)):
             # Keys and values of the last block need every token, its queries only the tail's.
-            x, update = self._run(block, x, update, layout, tail if i == last else None)
+            x, update = self.run_block(i, x, update, layout, tail if i == last else None)
         if self.norm is None:
             assert update is not None  # a stack has a block
             return x + update
-        return _seam(x, update, self.norm)[1]
+        return seam(x, update, self.norm)[1]
 
-    def _run(
+    def run_block(
         self,
-        block: nn.Module,
+        i: int,
         x: Tensor,
         update: Tensor | None,
         layout: TokenLayout,
-        tail: Tail | None,
+        tail: Tail | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """Block number `i` alone, as `Block.forward` says, under the stack's checkpoint policy."""
+        block = self.blocks[i]
         if self.checkpoint == "full" and torch.is_grad_enabled():
             # No random numbers are drawn in a block; keeping their state would wait for the GPU.
             return checkpoint(
@@ -160,11 +162,12 @@ def set_checkpoint(model: nn.Module, policy: Checkpoint) -> None:
             module.checkpoint = policy
 
 
-def _again(x: Tensor, norm: nn.LayerNorm) -> Again:
+def norm_again(x: Tensor, norm: nn.LayerNorm) -> Again:
     """LayerNorm of a residual stream that is kept anyway."""
     kept, weight, bias = x.detach(), norm.weight.detach(), norm.bias.detach()
     return lambda: add_layer_norm(kept, None, weight, bias, norm.eps)[1]
 
 
-def _seam(x: Tensor, update: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+def seam(x: Tensor, update: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """The residual stream with the update added, and its LayerNorm."""
     return add_layer_norm(x, update, norm.weight, norm.bias, norm.eps)

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from avmae_fast.config import MODALITIES, AudioConfig, Modality, ModelConfig, VideoConfig
+from avmae_fast.config import MODALITIES, AudioConfig, Backbone, Modality, ModelConfig, VideoConfig
 from avmae_fast.models.blocks import Stack
 from avmae_fast.models.init import learned_positions, lecun_normal_linear
 from avmae_fast.models.layout import TokenMask, pack, unpack
@@ -69,24 +69,7 @@ class Encoder(nn.Module):
 
     def check_inputs(self, video: Tensor | None, audio: Tensor | None) -> dict[Modality, Tensor]:
         """The inputs by modality, once they are known to have the configured shapes."""
-        inputs: dict[Modality, Tensor] = {}
-        for m, tensor in zip(MODALITIES, (video, audio), strict=True):
-            config = self.config.video if m == "video" else self.config.audio
-            if (tensor is None) != (config is None):
-                state = "without" if config is None else "with"
-                got = "none" if tensor is None else list(tensor.shape)
-                raise ValueError(f"{m}: this model was configured {state} {m}, got {got}")
-            if tensor is None or config is None:
-                continue
-            shape = input_shape(config)
-            if tuple(tensor.shape[1:]) != shape:
-                want = ["B", *shape]
-                raise ValueError(f"{m} has shape {list(tensor.shape)}, this model wants {want}")
-            inputs[m] = tensor
-        if len({tensor.shape[0] for tensor in inputs.values()}) > 1:
-            sizes = {m: tensor.shape[0] for m, tensor in inputs.items()}
-            raise ValueError(f"video and audio differ in their number of clips: {sizes}")
-        return inputs
+        return check_inputs(self.config, video, audio)
 
     def encode(
         self, inputs: Mapping[Modality, Tensor], masks: Mapping[Modality, TokenMask] | None
@@ -122,6 +105,34 @@ class Encoder(nn.Module):
         return tokens
 
 
+def check_inputs(
+    config: Backbone, video: Tensor | None, audio: Tensor | None
+) -> dict[Modality, Tensor]:
+    """The inputs by modality, once they are known to have the configured shapes.
+
+    Raises:
+        ValueError: an input is missing, superfluous or not of the configured shape.
+    """
+    inputs: dict[Modality, Tensor] = {}
+    for m, tensor in zip(MODALITIES, (video, audio), strict=True):
+        spec = config.video if m == "video" else config.audio
+        if (tensor is None) != (spec is None):
+            state = "without" if spec is None else "with"
+            got = "none" if tensor is None else list(tensor.shape)
+            raise ValueError(f"{m}: this model was configured {state} {m}, got {got}")
+        if tensor is None or spec is None:
+            continue
+        shape = input_shape(spec)
+        if tuple(tensor.shape[1:]) != shape:
+            want = ["B", *shape]
+            raise ValueError(f"{m} has shape {list(tensor.shape)}, this model wants {want}")
+        inputs[m] = tensor
+    if len({tensor.shape[0] for tensor in inputs.values()}) > 1:
+        sizes = {m: tensor.shape[0] for m, tensor in inputs.items()}
+        raise ValueError(f"video and audio differ in their number of clips: {sizes}")
+    return inputs
+
+
 def run_stack(
     stack: nn.Module,
     tokens: dict[Modality, Tensor],
@@ -154,7 +165,7 @@ def input_shape(config: VideoConfig | AudioConfig) -> tuple[int, ...]:
     return config.frames, config.mel_bins
 
 
-def patch_of(config: ModelConfig, m: Modality) -> tuple[int, ...]:
+def patch_of(config: Backbone, m: Modality) -> tuple[int, ...]:
     """Size of a patch of modality `m` along each axis of its grid."""
     spec = config.input(m)
     return spec.tubelet if isinstance(spec, VideoConfig) else spec.patch

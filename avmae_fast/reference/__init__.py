@@ -6,7 +6,16 @@ authors' code. The engine never imports it.
 Source: Georgescu et al., "Audiovisual Masked Autoencoders", ICCV 2023, arXiv:2212.05922.
 """
 
+from avmae_fast.reference.classifier import ReferenceClassifier, ReferenceLogits
 from avmae_fast.reference.masking import Mask, draw_mask, masked_count
 from avmae_fast.reference.model import ReferenceMAE, ReferenceOutput
 
-__all__ = ["Mask", "ReferenceMAE", "ReferenceOutput", "draw_mask", "masked_count"]
+__all__ = [
+    "Mask",
+    "ReferenceClassifier",
+    "ReferenceLogits",
+    "ReferenceMAE",
+    "ReferenceOutput",
+    "draw_mask",
+    "masked_count",
+]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from avmae_fast.config import Modality, ModelConfig, StackConfig
+from avmae_fast.config import Backbone, Modality, StackConfig
 
 
 class Attention(nn.Module):
@@ -41,7 +41,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """x + Attention(LN(x)), then x + Mlp(LN(x))."""
 
-    def __init__(self, stack: StackConfig, config: ModelConfig) -> None:
+    def __init__(self, stack: StackConfig, config: Backbone) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(stack.width, config.layer_norm_eps)
         self.attn = Attention(stack.width, stack.heads)
@@ -56,7 +56,7 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """`layers` blocks and a closing LayerNorm, which `encoder_norm=False` leaves out."""
 
-    def __init__(self, stack: StackConfig, config: ModelConfig, layers: int) -> None:
+    def __init__(self, stack: StackConfig, config: Backbone, layers: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(stack, config) for _ in range(layers))
         self.norm = (

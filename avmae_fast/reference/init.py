@@ -13,10 +13,11 @@ def init_parameter(name: str, parameter: Tensor) -> None:
 
     Patch embeddings are LeCun-normal (cut at two standard deviations), the matrices inside a
     block and the decoder embedding Xavier-uniform, with q, k and v each a matrix of its own.
-    MLP biases are N(0, 1e-6), learned positions N(0, 0.02), LayerNorms the identity. Zero are the
+    MLP biases are N(0, 1e-6), learned positions, bottlenecks and queries N(0, 0.02), LayerNorms
+    the identity. Zero are the
     prediction heads, mask tokens, modality tokens and all other biases.
     """
-    owner, leaf = name.rsplit(".", 1)
+    owner, _, leaf = name.rpartition(".")
     if owner.startswith("patch_embed") and leaf == "weight":
         std = math.sqrt(1.0 / parameter.shape[1]) / _CUT_NORMAL_STD
         nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
@@ -24,14 +25,15 @@ def init_parameter(name: str, parameter: Tensor) -> None:
         for matrix in parameter.detach().chunk(3):
             nn.init.xavier_uniform_(matrix)
     elif leaf == "weight" and (
-        owner.startswith("decoder_embed") or owner.endswith(("attn.proj", "mlp.fc1", "mlp.fc2"))
+        owner.startswith(("decoder_embed", "pool.", "pre_logits"))
+        or owner.endswith(("attn.proj", "mlp.fc1", "mlp.fc2"))
     ):
         nn.init.xavier_uniform_(parameter)
     elif owner.endswith(("mlp.fc1", "mlp.fc2")):
         nn.init.normal_(parameter, std=1e-6)
-    elif owner == "pos_embed":
+    elif owner == "pos_embed" or leaf in ("bottleneck", "query"):
         nn.init.normal_(parameter, std=0.02)
-    elif owner.endswith(("norm", "norm1", "norm2")) and leaf == "weight":
+    elif "norm" in owner and leaf == "weight":
         nn.init.ones_(parameter)
     else:
         nn.init.zeros_(parameter)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from golden_cases import REPOSITORY_FOLDER, Case, Comparison, folder, load
+from golden_finetune import check_e2e_finetune, check_finetune, check_sgd
 from golden_model import check_e2e_pretrain, check_pretrain
 from golden_parts import (
     check_adam,
@@ -26,14 +27,15 @@ CHECKS = {
     "targets": check_targets,
     "mask_counts": check_mask_counts,
     "dataset": check_dataset,
+    "finetune": check_finetune,
+    "e2e_finetune": check_e2e_finetune,
+    "sgd": check_sgd,
+    "sgd_layerwise": check_sgd,
 }
-FINE_TUNING = ("finetune", "e2e_finetune", "ft_init_mapping", "sgd", "sgd_layerwise")
 PATHS = sorted(folder().glob("*.npz"))
 
 
 def _comparisons(case: Case) -> list[Comparison]:
-    if case.kind in FINE_TUNING:
-        pytest.skip("fine-tuning is not covered yet")
     if case.kind not in CHECKS:
         pytest.fail(f"unknown kind {case.kind!r}, known are {sorted(CHECKS)}")
     return list(CHECKS[case.kind](case))

@@ -1,0 +1,97 @@
+"""Stochastic depth: which clips skip which branch, drawn by position and never computed.
+
+Source: arXiv:1603.09382; leaving the dropped clips out of the batch of a branch is DINOv2's way
+(arXiv:2304.07193). The released code keeps the others unscaled.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from avmae_fast.finetune_config import ClassifierConfig
+
+# Streams of random numbers: one for each sequence that has a block of its own.
+_STREAM = {"video": 0, "audio": 1, "both": 2}
+
+
+@dataclass(frozen=True)
+class LayerDrop:
+    """Who takes part in one layer of one stack.
+
+    attention, mlp: clips whose branch is computed, ascending, [at most B] int64.
+    scale: factor of their updates.
+    """
+
+    attention: Tensor
+    mlp: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class DropPath:
+    """The layers of a step, by the name of their sequences; None where all clips take part."""
+
+    layers: Mapping[str, tuple[LayerDrop | None, ...]]
+
+    @classmethod
+    def of(
+        cls,
+        config: ClassifierConfig,
+        dropped: Mapping[str, NDArray[np.bool_] | Tensor],
+        device: torch.device | str = "cpu",
+    ) -> "DropPath":
+        """The step that leaves out what `dropped` says, [layers, 2, B] bool of each sequence.
+
+        The masks are read on the host: hand in what `draw_dropped` returns, not a GPU's tensor.
+        """
+        rates = config.drop_rates()
+        layers = {}
+        for name, mask in dropped.items():
+            pairs = zip(np.asarray(mask), rates, strict=True)
+            layers[name] = tuple(_layer(each, rate, config, device) for each, rate in pairs)
+        return cls(layers)
+
+
+def _layer(
+    dropped: NDArray[np.bool_], rate: float, config: ClassifierConfig, device: torch.device | str
+) -> LayerDrop | None:
+    # The rate decides, not the draw: a layer that may drop takes one path in every step.
+    if rate == 0.0:
+        return None
+    attention, mlp = (
+        torch.from_numpy(np.flatnonzero(~branch)).to(device, non_blocking=True)
+        for branch in dropped
+    )
+    return LayerDrop(attention, mlp, 1.0 / (1.0 - rate) if config.drop_path_scaled else 1.0)
+
+
+def draw_dropped(
+    config: ClassifierConfig, batch: int, *, seed: int, step: int, first: int = 0
+) -> dict[str, NDArray[np.bool_]]:
+    """Which clips skip the attention and the MLP of each layer, [layers, 2, B] for each sequence.
+
+    Each draw depends on the seed, the step, the layer, the branch, the modality and the clip's
+    place in the step's batch alone: not on how many processes share the batch.
+
+    Args:
+        batch: clips of this process, B.
+        seed: of the run, in [0, 2**64).
+        step: optimiser step, from 0.
+        first: place of this process's first clip in the batch of the step.
+    """
+    rates = np.array(config.drop_rates())[:, None, None]
+    layers = len(rates)
+    names: list[str] = [*config.modalities]
+    if len(names) > 1 and config.fusion == "early":
+        names.append("both")
+    dropped = {}
+    for name in names:
+        bits = np.random.Philox(key=seed, counter=[0, 0, _STREAM[name], step])
+        # Clips first, so that the numbers of a clip do not depend on how many there are.
+        uniform = np.random.Generator(bits).random((first + batch, layers, 2))[first:]
+        dropped[name] = uniform.transpose(1, 2, 0) < rates
+    return dropped

@@ -1,0 +1,56 @@
+"""The classifier on its kernels: as near to the float64 reference as plain fp32 PyTorch is."""
+
+import copy
+
+import pytest
+import torch
+from nearness import distance
+from tiny_classifier import (
+    clips,
+    dropped_of,
+    engine_drop,
+    engine_loss,
+    make_classifiers,
+    reference_loss,
+    tiny_classifier_config,
+)
+
+from avmae_fast.config import StackConfig
+
+# head_dim 16, the least the attention kernels take.
+STACK = StackConfig(width=32, layers=3, heads=2, mlp=48)
+
+
+def _gradient(model: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
+    loss.backward()
+    # A layer in which no clip takes part has no gradient.
+    each = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in _sorted(model)]
+    return torch.cat([grad.double().flatten() for grad in each])
+
+
+def _sorted(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for _, p in sorted(model.named_parameters()) if p.requires_grad]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"fusion": "bottleneck"}, {"fusion": "bottleneck", "drop_path": 0.5}, {"fusion": "cross"}],
+    ids=lambda fields: "-".join(map(str, fields.values())),
+)
+def test_classifier(fields: dict) -> None:
+    config = tiny_classifier_config(encoder=STACK, **fields)
+    engine, reference = make_classifiers(config)
+    engine, plain = engine.float(), copy.deepcopy(reference).float()
+    batch, dropped = clips(config, batch=2), dropped_of(config, batch=2)
+    exact_loss = reference_loss(reference(**batch, dropped=dropped), config)
+    exact = _gradient(reference, exact_loss)
+    batch["audio"] = batch["audio"].float()
+    plain_loss = reference_loss(plain(**batch, dropped=dropped), config)
+    rough = _gradient(plain, plain_loss)
+    loss = engine_loss(engine(**batch, drop=engine_drop(config, batch=2)), config)
+    got = _gradient(engine, loss)
+    # One rounding of fp32 is the floor under both, where the plain run is right by luck.
+    ulp = torch.finfo(torch.float32).eps
+    assert distance(got, exact) <= 2 * distance(rough, exact) + ulp
+    error, plain_error = abs(loss - exact_loss), abs(plain_loss - exact_loss)
+    assert error <= 2 * plain_error + 4 * ulp * abs(exact_loss)
