@@ -21,7 +21,7 @@ from avmae_fast.reference import Mask
 FLOAT32_ULP = 2.0**-23
 REPOSITORY_FOLDER = Path(__file__).parents[1] / "golden"
 
-_FUSION = {
+FUSION = {
     "concat_and_encode": "early",
     "separate_encoders_and_concat": "mid",
     "separate_encoders": "separate",
@@ -135,7 +135,7 @@ def model_config(case: Case, inputs: str = "input") -> ModelConfig:
         decoder=_stack(decoder),
         video=_video(case, inputs),
         audio=_audio(case, inputs),
-        fusion=_FUSION[model["encoder_strategy"]],
+        fusion=FUSION[model["encoder_strategy"]],
         fusion_layers=model.get("fusion_layers") or 1,
         decoding=_DECODING[model["decoder_strategy"]],
         objective="inpainting_released" if model.get("use_inpainting") else "reconstruction",
