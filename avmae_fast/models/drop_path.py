@@ -19,16 +19,24 @@ _STREAM = {"video": 0, "audio": 1, "both": 2}
 
 
 @dataclass(frozen=True)
-class LayerDrop:
-    """Who takes part in one layer of one stack.
+class BranchDrop:
+    """Who takes part in one branch of one layer.
 
-    attention, mlp: clips whose branch is computed, ascending, [at most B] int64.
-    scale: factor of their updates.
+    clips: those whose update is computed, ascending, [1 to B] int64. scale: factor of the update.
+    Where no clip takes part, the first does with factor 0: its weights then have a gradient, of
+    zero, as those of every other layer have, which optimisers and DDP take for granted.
     """
 
-    attention: Tensor
-    mlp: Tensor
+    clips: Tensor
     scale: float
+
+
+@dataclass(frozen=True)
+class LayerDrop:
+    """Both branches of one layer of one stack."""
+
+    attention: BranchDrop
+    mlp: BranchDrop
 
 
 @dataclass(frozen=True)
@@ -62,11 +70,16 @@ def _layer(
     # The rate decides, not the draw: a layer that may drop takes one path in every step.
     if rate == 0.0:
         return None
-    attention, mlp = (
-        torch.from_numpy(np.flatnonzero(~branch)).to(device, non_blocking=True)
-        for branch in dropped
-    )
-    return LayerDrop(attention, mlp, 1.0 / (1.0 - rate) if config.drop_path_scaled else 1.0)
+    scale = 1.0 / (1.0 - rate) if config.drop_path_scaled else 1.0
+    attention, mlp = (_branch(branch, scale, device) for branch in dropped)
+    return LayerDrop(attention, mlp)
+
+
+def _branch(dropped: NDArray[np.bool_], scale: float, device: torch.device | str) -> BranchDrop:
+    kept = np.flatnonzero(~dropped)
+    if not len(kept):
+        kept, scale = np.zeros(1, dtype=np.int64), 0.0
+    return BranchDrop(torch.from_numpy(kept).to(device, non_blocking=True), scale)
 
 
 def draw_dropped(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from avmae_fast.models.blocks import Block, Stack, norm_again, seam
-from avmae_fast.models.drop_path import LayerDrop
+from avmae_fast.models.drop_path import BranchDrop, LayerDrop
 from avmae_fast.models.layout import Tail, TokenLayout
 
 
@@ -88,37 +88,32 @@ def _thinned(stack: Stack, i: int, stream: Stream, seen: Tensor, drop: LayerDrop
     """A block that computes each branch for the clips that keep it, and for no others."""
     block = stack.blocks[i]
     assert isinstance(block, Block)
-    x, args = stream.tokens(), (drop.attention, drop.mlp, drop.scale)
+    x = stream.tokens()
     if stack.checkpoint == "full" and torch.is_grad_enabled():
-        x = checkpoint(_thinned_block, block, x, seen, *args, False, use_reentrant=False)
+        x = checkpoint(_thinned_block, block, x, seen, drop, False, use_reentrant=False)
     else:
-        x = _thinned_block(block, x, seen, *args, stack.checkpoint == "selective")
+        x = _thinned_block(block, x, seen, drop, stack.checkpoint == "selective")
     return replace(stream, x=x.flatten(0, 1), update=None)
 
 
 def _thinned_block(
-    block: Block,
-    x: Tensor,
-    seen: Tensor,
-    attention: Tensor,
-    mlp: Tensor,
-    scale: float,
-    selective: bool,
+    block: Block, x: Tensor, seen: Tensor, drop: LayerDrop, selective: bool
 ) -> Tensor:
-    """x [B, L, D] and the updates of the clips `attention` and `mlp`; L are the last of `seen`."""
-    if len(attention):
-        kept = seen.index_select(0, attention)
-        layout, tail = _looking(len(attention), kept.shape[1], x.shape[1], x.device)
-        kept, h = seam(kept.flatten(0, 1), None, block.norm1)
-        again = norm_again(kept, block.norm1) if selective else None
-        update = block.attn(h, layout, tail, again).unflatten(0, (len(attention), -1))
-        x = x.index_add(0, attention, update.to(x.dtype), alpha=scale)
-    if len(mlp):
-        kept, h = seam(x.index_select(0, mlp).flatten(0, 1), None, block.norm2)
-        update = block.mlp(h, norm_again(kept, block.norm2) if selective else None)
-        update = update.unflatten(0, (len(mlp), -1))
-        x = x.index_add(0, mlp, update.to(x.dtype), alpha=scale)
-    return x
+    """x [B, L, D] with the updates of the clips that take part; L are the last rows of `seen`."""
+    clips = drop.attention.clips
+    kept = seen.index_select(0, clips)
+    layout, tail = _looking(len(clips), kept.shape[1], x.shape[1], x.device)
+    kept, h = seam(kept.flatten(0, 1), None, block.norm1)
+    update = block.attn(h, layout, tail, norm_again(kept, block.norm1) if selective else None)
+    x = _add(x, update, drop.attention)
+    kept, h = seam(x.index_select(0, drop.mlp.clips).flatten(0, 1), None, block.norm2)
+    update = block.mlp(h, norm_again(kept, block.norm2) if selective else None)
+    return _add(x, update, drop.mlp)
+
+
+def _add(x: Tensor, update: Tensor, branch: BranchDrop) -> Tensor:
+    update = update.unflatten(0, (len(branch.clips), -1)).to(x.dtype)
+    return x.index_add(0, branch.clips, update, alpha=branch.scale)
 
 
 def with_bottleneck(stream: Stream, bottleneck: Tensor) -> Stream:

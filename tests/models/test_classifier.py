@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny_classifier import (
     clips,
+    dropped_of,
     engine_drop,
     engine_loss,
     labels_of,
@@ -91,21 +92,28 @@ def test_dropped_clips_are_not_computed() -> None:
         for i, layer in enumerate(drop.layers[m]):
             block = model.encoder[m].blocks[i]
             length = config.input(m).tokens + (config.bottleneck_tokens if i >= 1 else 0)
-            attention, mlp = (4, 4) if layer is None else (len(layer.attention), len(layer.mlp))
-            assert seen.get(id(block.attn.qkv.weight), 0) == attention * length
-            assert seen.get(id(block.mlp.fc1.weight), 0) == mlp * length
+            attention, mlp = (~dropped_of(config)[m][i]).sum(-1).clamp(min=1).tolist()
+            assert (attention, mlp) == (4, 4) or layer is not None
+            assert seen[id(block.attn.qkv.weight)] == attention * length
+            assert seen[id(block.mlp.fc1.weight)] == mlp * length
 
 
 def test_a_layer_that_nobody_takes_part_in() -> None:
     config = tiny_classifier_config(drop_path=0.5)
-    model, _ = make_classifiers(config)
-    shape = (config.encoder.layers, 2, 4)
-    everyone = {m: np.ones(shape, dtype=bool) for m in config.modalities}
+    model, reference = make_classifiers(config)
+    mask = np.ones((config.encoder.layers, 2, 4), dtype=bool)
+    mask[0] = False
+    everyone = dict.fromkeys(config.modalities, mask)
     out = model(**clips(config), drop=DropPath.of(config, everyone))
+    dense = reference(
+        **clips(config), dropped={m: torch.from_numpy(x) for m, x in everyone.items()}
+    )
+    torch.testing.assert_close(out.logits, dense.logits, rtol=1e-9, atol=1e-9)
     engine_loss(out, config).backward()
-    # Layer 0 never drops; the two above it have nothing to learn from.
-    assert model.encoder["video"].blocks[0].mlp.fc1.weight.grad is not None
-    assert model.encoder["video"].blocks[1].mlp.fc1.weight.grad is None
+    # The two layers that drop have nothing to learn from, and say so with a gradient.
+    for i, learns in enumerate((True, False, False)):
+        gradient = model.encoder["video"].blocks[i].mlp.fc1.weight.grad
+        assert gradient is not None and bool(gradient.any()) == learns
 
 
 def test_draws_do_not_depend_on_how_the_batch_is_shared() -> None:
