@@ -126,6 +126,9 @@ class ClassifierConfig:
         frozen = self.head != "linear"
         valid = f"0 with {self.head}: its encoder does not train"
         _require(not (frozen and self.drop_path), "classifier.drop_path", self.drop_path, valid)
+        ok = not (self.separate_norms and self.fusion == "early" and self.has_shared_blocks)
+        valid = "False with early fusion: its tokens end in one sequence"
+        _require(ok, "classifier.separate_norms", self.separate_norms, valid)
         ok = self.head != "attentive_probe" or (self.pool == "mean" and self.norm == "tokens")
         valid = "linear or linear_probe unless pool is 'mean' and norm is 'tokens'"
         _require(ok, "classifier.head", self.head, valid)

@@ -244,7 +244,7 @@ class Classifier(nn.Module):
                 continue
             now = {m: self._advance(m, layer, stream, drop) for m, stream in now.items()}
             if config.fusion == "bottleneck" and len(now) > 1:
-                now = share_bottleneck(now, config.bottleneck_tokens)
+                now = share_bottleneck(now)
         return now
 
     def _meet(self, streams: dict[str, Stream]) -> dict[str, Stream]:

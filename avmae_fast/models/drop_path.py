@@ -57,29 +57,32 @@ class DropPath:
         The masks are read on the host: hand in what `draw_dropped` returns, not a GPU's tensor.
         """
         rates = config.drop_rates()
+        kept, scales = [], []
+        for mask in dropped.values():
+            for layer, rate in zip(np.asarray(mask), rates, strict=True):
+                # The rate decides, not the draw: a layer takes one path in every step.
+                if rate > 0.0:
+                    kept += [np.flatnonzero(~branch) for branch in layer]
+                    scales += 2 * [1.0 / (1.0 - rate) if config.drop_path_scaled else 1.0]
+        branches = iter(_branches(kept, scales, device))
         layers = {}
-        for name, mask in dropped.items():
-            pairs = zip(np.asarray(mask), rates, strict=True)
-            layers[name] = tuple(_layer(each, rate, config, device) for each, rate in pairs)
+        for name in dropped:
+            each = (LayerDrop(next(branches), next(branches)) if rate else None for rate in rates)
+            layers[name] = tuple(each)
         return cls(layers)
 
 
-def _layer(
-    dropped: NDArray[np.bool_], rate: float, config: ClassifierConfig, device: torch.device | str
-) -> LayerDrop | None:
-    # The rate decides, not the draw: a layer that may drop takes one path in every step.
-    if rate == 0.0:
-        return None
-    scale = 1.0 / (1.0 - rate) if config.drop_path_scaled else 1.0
-    attention, mlp = (_branch(branch, scale, device) for branch in dropped)
-    return LayerDrop(attention, mlp)
-
-
-def _branch(dropped: NDArray[np.bool_], scale: float, device: torch.device | str) -> BranchDrop:
-    kept = np.flatnonzero(~dropped)
-    if not len(kept):
-        kept, scale = np.zeros(1, dtype=np.int64), 0.0
-    return BranchDrop(torch.from_numpy(kept).to(device, non_blocking=True), scale)
+def _branches(
+    kept: list[NDArray[np.int64]], scales: list[float], device: torch.device | str
+) -> list[BranchDrop]:
+    """Every branch of a step, its clips moved to the device in one transfer."""
+    clips = [each if len(each) else np.zeros(1, dtype=np.int64) for each in kept]
+    factors = [scale if len(each) else 0.0 for each, scale in zip(kept, scales, strict=True)]
+    if not clips:
+        return []
+    moved = torch.from_numpy(np.concatenate(clips)).to(device, non_blocking=True)
+    parts = moved.split([len(each) for each in clips])
+    return [BranchDrop(part, factor) for part, factor in zip(parts, factors, strict=True)]
 
 
 def draw_dropped(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from avmae_fast.models.blocks import Block, Stack, norm_again, seam
-from avmae_fast.models.drop_path import BranchDrop, LayerDrop
+from avmae_fast.models.drop_path import LayerDrop
 from avmae_fast.models.layout import Tail, TokenLayout
 
 
@@ -21,12 +21,14 @@ class Stream:
     """One sequence a clip, all of one length, laid end to end.
 
     x: [B * L, D], residual stream. update: what is still to be added to it, or None.
+    bottleneck_rows: [B * K] int64, where the bottleneck tokens are, once there are any.
     """
 
     x: Tensor
     update: Tensor | None
     layout: TokenLayout
     batch: int
+    bottleneck_rows: Tensor | None = None
 
     @classmethod
     def of(cls, tokens: Tensor) -> "Stream":
@@ -79,9 +81,14 @@ def _looking(
     layout = TokenLayout.fixed(batch, seen, device)
     if seen == own:
         return layout, None
-    starts = torch.arange(batch, device=device)[:, None] * seen
-    rows = (starts + torch.arange(seen - own, seen, device=device)).flatten()
+    rows = _last_rows(batch, seen, own, device)
     return layout, Tail(rows, TokenLayout.fixed(batch, own, device))
+
+
+def _last_rows(batch: int, length: int, count: int, device: torch.device) -> Tensor:
+    """The last `count` rows of every sequence of `length`, [B * count] int64."""
+    starts = torch.arange(batch, device=device)[:, None] * length
+    return (starts + torch.arange(length - count, length, device=device)).flatten()
 
 
 def _thinned(stack: Stack, i: int, stream: Stream, seen: Tensor, drop: LayerDrop) -> Stream:
@@ -105,50 +112,49 @@ def _thinned_block(
     layout, tail = _looking(len(clips), kept.shape[1], x.shape[1], x.device)
     kept, h = seam(kept.flatten(0, 1), None, block.norm1)
     update = block.attn(h, layout, tail, norm_again(kept, block.norm1) if selective else None)
-    x = _add(x, update, drop.attention)
-    kept, h = seam(x.index_select(0, drop.mlp.clips).flatten(0, 1), None, block.norm2)
+    x = x.index_add(0, clips, _rows_of(x, update, clips), alpha=drop.attention.scale)
+    clips = drop.mlp.clips
+    kept, h = seam(x.index_select(0, clips).flatten(0, 1), None, block.norm2)
     update = block.mlp(h, norm_again(kept, block.norm2) if selective else None)
-    return _add(x, update, drop.mlp)
+    # x is this function's own by now, and nothing keeps it for a backward pass.
+    return x.index_add_(0, clips, _rows_of(x, update, clips), alpha=drop.mlp.scale)
 
 
-def _add(x: Tensor, update: Tensor, branch: BranchDrop) -> Tensor:
-    update = update.unflatten(0, (len(branch.clips), -1)).to(x.dtype)
-    return x.index_add(0, branch.clips, update, alpha=branch.scale)
+def _rows_of(x: Tensor, update: Tensor, clips: Tensor) -> Tensor:
+    return update.unflatten(0, (len(clips), -1)).to(x.dtype)
 
 
 def with_bottleneck(stream: Stream, bottleneck: Tensor) -> Stream:
     """The sequences with the bottleneck tokens [K, D] at their ends; this lays them out anew."""
     tokens = stream.tokens()
     shared = bottleneck.to(tokens.dtype).expand(stream.batch, -1, -1)
-    return Stream.of(torch.cat([tokens, shared], dim=1))
+    joined = Stream.of(torch.cat([tokens, shared], dim=1))
+    rows = _last_rows(stream.batch, joined.length, len(bottleneck), tokens.device)
+    return replace(joined, bottleneck_rows=rows)
 
 
-def share_bottleneck(streams: dict[str, Stream], count: int) -> dict[str, Stream]:
-    """Give the last `count` rows of every sequence their mean over the streams.
+def share_bottleneck(streams: dict[str, Stream]) -> dict[str, Stream]:
+    """Give the bottleneck rows of every sequence their mean over the streams.
 
     Only these rows are written, in place, into what each stream has to itself: the update still
     to be added, or else the residual stream.
     """
-    rows = {name: _bottleneck_rows(s, count) for name, s in streams.items()}
-    own = {name: _take(s, rows[name]) for name, s in streams.items()}
+    own = {name: _bottleneck(stream) for name, stream in streams.items()}
     mean = torch.stack(list(own.values())).mean(0)
-    return {name: _shift(s, rows[name], mean - own[name]) for name, s in streams.items()}
+    return {name: _shift(stream, mean - own[name]) for name, stream in streams.items()}
 
 
-def _bottleneck_rows(stream: Stream, count: int) -> Tensor:
-    """The last `count` rows of every sequence, [B * K] int64."""
-    length, device = stream.length, stream.x.device
-    starts = torch.arange(stream.batch, device=device)[:, None] * length
-    return (starts + torch.arange(length - count, length, device=device)).flatten()
-
-
-def _take(stream: Stream, rows: Tensor) -> Tensor:
+def _bottleneck(stream: Stream) -> Tensor:
+    rows = stream.bottleneck_rows
+    assert rows is not None
     x = stream.x.index_select(0, rows)
     return x if stream.update is None else x + stream.update.index_select(0, rows)
 
 
-def _shift(stream: Stream, rows: Tensor, difference: Tensor) -> Stream:
-    """`rows` of the sum moved by `difference`: adding passes gradients on as they are."""
+def _shift(stream: Stream, difference: Tensor) -> Stream:
+    """The bottleneck rows moved by `difference`: adding passes gradients on as they are."""
+    rows = stream.bottleneck_rows
+    assert rows is not None
     if stream.update is None:
         return replace(stream, x=stream.x.index_add_(0, rows, difference))
     difference = difference.to(stream.update.dtype)

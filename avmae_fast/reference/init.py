@@ -14,15 +14,14 @@ def init_parameter(name: str, parameter: Tensor) -> None:
     Patch embeddings are LeCun-normal (cut at two standard deviations), the matrices inside a
     block and the decoder embedding Xavier-uniform, with q, k and v each a matrix of its own.
     MLP biases are N(0, 1e-6), learned positions, bottlenecks and queries N(0, 0.02), LayerNorms
-    the identity. Zero are the
-    prediction heads, mask tokens, modality tokens and all other biases.
+    the identity. Zero are the heads, mask, modality and class tokens and all other biases.
     """
     owner, _, leaf = name.rpartition(".")
     if owner.startswith("patch_embed") and leaf == "weight":
         std = math.sqrt(1.0 / parameter.shape[1]) / _CUT_NORMAL_STD
         nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
-    elif owner.endswith("attn.qkv") and leaf == "weight":
-        for matrix in parameter.detach().chunk(3):
+    elif owner.endswith((".qkv", ".kv")) and leaf == "weight":
+        for matrix in parameter.detach().split(parameter.shape[1]):
             nn.init.xavier_uniform_(matrix)
     elif leaf == "weight" and (
         owner.startswith(("decoder_embed", "pool.", "pre_logits"))

@@ -18,7 +18,11 @@ _BLOCK = re.compile(r"encoder\.\w+\.blocks\.(\d+)\.")
 
 
 def layer_id(name: str, layers: int) -> int:
-    """The layer, 0..layers + 1, of a classifier's parameter by its state-dict name."""
+    """The layer, 0..layers + 1, of a classifier's parameter by its state-dict name.
+
+    As released, save that the authors' code takes the second modality's class token for a part of
+    the head, because of its name.
+    """
     if name.split(".")[0] in _TOKEN_PARTS:
         return 0
     block = _BLOCK.match(name)

@@ -29,12 +29,20 @@ def _gradient(model: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"fusion": "bottleneck"}, {"fusion": "bottleneck", "drop_path": 0.5}, {"fusion": "cross"}],
+    [
+        {"fusion": "bottleneck"},
+        {"fusion": "bottleneck", "drop_path": 0.5},
+        {"fusion": "cross"},
+        {"head": "attentive_probe"},
+    ],
     ids=lambda fields: "-".join(map(str, fields.values())),
 )
 def test_classifier(fields: dict) -> None:
     config = tiny_classifier_config(encoder=STACK, **fields)
     engine, reference = make_classifiers(config)
+    for name, parameter in engine.named_parameters():
+        # What a probe freezes, the reference cuts off behind the encoder.
+        reference.get_parameter(name).requires_grad_(parameter.requires_grad)
     engine, plain = engine.float(), copy.deepcopy(reference).float()
     batch, dropped = clips(config, batch=2), dropped_of(config, batch=2)
     exact_loss = reference_loss(reference(**batch, dropped=dropped), config)

@@ -1,5 +1,7 @@
 """What users of the classifier meet: shapes, sizes, frozen encoders, stochastic depth, errors."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -13,11 +15,12 @@ from tiny_classifier import (
     tiny_classifier_config,
 )
 
-from avmae_fast.config import ConfigError
+from avmae_fast.config import ConfigError, StackConfig
 from avmae_fast.finetune_config import ClassifierConfig
 from avmae_fast.models import Classifier, DropPath, draw_dropped
 from avmae_fast.models.classification_loss import classification_loss
 from avmae_fast.models.streams import Stream, share_bottleneck, with_bottleneck
+from avmae_fast.reference import ReferenceClassifier
 
 
 def _parameters(**fields: object) -> float:
@@ -63,6 +66,27 @@ def test_a_probe_trains_its_head_alone(head: str) -> None:
     loss = engine_loss(model(**clips(config)), config)
     loss.backward()
     assert model.patch_embed["video"].weight.grad is None
+
+
+def test_engine_and_reference_start_alike() -> None:
+    """Every parameter is drawn from one distribution in both: its mean and deviation agree."""
+    config = tiny_classifier_config(
+        encoder=StackConfig(width=96, layers=3, heads=3, mlp=128),
+        head="attentive_probe",
+        representation=64,
+        modality_tokens=True,
+    )
+    torch.manual_seed(0)
+    engine, reference = Classifier(config), ReferenceClassifier(config)
+    for (name, a), (other, b) in zip(
+        sorted(engine.named_parameters()), sorted(reference.named_parameters()), strict=True
+    ):
+        assert name == other
+        spread = float(b.detach().std(correction=0))
+        # Six standard deviations of the deviation of n numbers, of their mean likewise.
+        limit = 6 * spread / a.numel() ** 0.5
+        assert abs(float(a.detach().std(correction=0)) - spread) <= limit, name
+        assert abs(float(a.detach().mean() - b.detach().mean())) <= 2 * limit, name
 
 
 def test_a_probe_normalises_its_features() -> None:
@@ -144,10 +168,10 @@ def test_the_bottleneck_is_averaged_in_place() -> None:
     tokens = {m: torch.randn(3, n, 6, generator=generator) for m, n in (("a", 4), ("b", 5))}
     streams = {m: with_bottleneck(Stream.of(x), bottleneck) for m, x in tokens.items()}
     update = {m: torch.randn(s.x.shape, generator=generator) for m, s in streams.items()}
-    moved = {m: Stream(s.x, update[m].clone(), s.layout, s.batch) for m, s in streams.items()}
+    moved = {m: dataclasses.replace(s, update=update[m].clone()) for m, s in streams.items()}
     before = {m: stream.tokens() for m, stream in moved.items()}
     addresses = {m: stream.update.data_ptr() for m, stream in moved.items()}
-    after = share_bottleneck(moved, 2)
+    after = share_bottleneck(moved)
     mean = (before["a"][:, -2:] + before["b"][:, -2:]) / 2
     for m, stream in after.items():
         assert stream.update.data_ptr() == addresses[m]
@@ -186,6 +210,7 @@ def test_autocast_keeps_features_in_fp32() -> None:
         ({"drop_path": 0.1, "head": "linear_probe"}, "drop_path = 0.1 .* 0 with linear_probe"),
         ({"head": "attentive_probe", "pool": "cls"}, "classifier.head = 'attentive_probe'"),
         ({"pool": "cls_positioned", "positions": "learned"}, "classifier.pool"),
+        ({"fusion": "early", "separate_norms": True}, "classifier.separate_norms = True"),
         ({"video": None, "audio": None}, "classifier.video and classifier.audio"),
     ],
     ids=str,
