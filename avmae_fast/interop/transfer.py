@@ -80,7 +80,7 @@ def transfer(
             source be lost, or a name in `fresh` or `leave` fits nothing. Nothing was loaded.
     """
     target = model.config
-    _check_geometry(source, target, leave)
+    _check_geometry(source, target, fresh, leave)
     targets = dict(model.named_parameters())
     plan = plan_transfer(list(targets), source, target, norms=norms, fresh=fresh)
     left = _left_behind(state, plan, source, target, norms, fresh, leave)
@@ -278,7 +278,9 @@ def interpolate_table(table: Tensor, old: tuple[int, ...], new: tuple[int, ...])
     return F.interpolate(on_grid, size=new, mode=mode, align_corners=False)[0].flatten(1).T
 
 
-def _check_geometry(source: ModelConfig, target: ClassifierConfig, leave: Collection[str]) -> None:
+def _check_geometry(
+    source: ModelConfig, target: ClassifierConfig, fresh: Collection[str], leave: Collection[str]
+) -> None:
     problems = []
     for name in ("encoder", "gelu", "layer_norm_eps"):
         got, want = getattr(source, name), getattr(target, name)
@@ -289,8 +291,10 @@ def _check_geometry(source: ModelConfig, target: ClassifierConfig, leave: Collec
         got, want = source.positions, target.positions
         problems.append(f"positions were {got!r} in pretraining, the classifier has {want!r}")
     for m in target.modalities:
+        if _named(f"patch_embed.{m}.weight", fresh):
+            continue
         if m not in source.modalities:
-            problems.append(f"pretraining had no {m}, the classifier has")
+            problems.append(f"pretraining had no {m}, the classifier has: name patch_embed.{m}")
         elif (got := _patch(source, m)) != (want := _patch(target, m)):
             problems.append(f"patches of {m} were {got} in pretraining, the classifier has {want}")
     if problems:

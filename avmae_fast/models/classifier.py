@@ -296,11 +296,10 @@ class Classifier(nn.Module):
             return self.pool[m](tokens)
         # A mean of thousands of bf16 numbers is summed and kept in fp32.
         wide = torch.promote_types(tokens.dtype, torch.float32)
-        pooled = (
-            tokens.mean(1, dtype=wide)
-            if config.pool == "mean"
-            else tokens[:, 0].to(wide).contiguous()
-        )
+        if config.pool == "mean":
+            pooled = tokens.mean(1, dtype=wide)
+        else:
+            pooled = tokens[:, 0].to(wide).contiguous()
         if config.norm == "pooled":
             norm = cast(nn.LayerNorm, self.norm[config.norm_of(m)])
             pooled = add_layer_norm(pooled, None, norm.weight, norm.bias, norm.eps)[1]

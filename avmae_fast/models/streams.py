@@ -55,8 +55,8 @@ def advance(stack: Stack, i: int, stream: Stream, drop: LayerDrop | None) -> Str
     if drop is None:
         x, update = stack.run_block(i, stream.x, stream.update, stream.layout)
         return replace(stream, x=x, update=update)
-    tokens = stream.tokens()
-    return _thinned(stack, i, stream, tokens, drop)
+    stream = stream.settled()
+    return _thinned(stack, i, stream, stream.tokens(), drop)
 
 
 def advance_looking(
@@ -66,6 +66,7 @@ def advance_looking(
 
     other: [B, L', D], taken in front of the sequence.
     """
+    stream = stream.settled()
     seen = torch.cat([other, stream.tokens()], dim=1)
     if drop is not None:
         return _thinned(stack, i, stream, seen, drop)
@@ -97,7 +98,9 @@ def _thinned(stack: Stack, i: int, stream: Stream, seen: Tensor, drop: LayerDrop
     assert isinstance(block, Block)
     x = stream.tokens()
     if stack.checkpoint == "full" and torch.is_grad_enabled():
-        x = checkpoint(_thinned_block, block, x, seen, drop, False, use_reentrant=False)
+        # No random numbers are drawn in a block: the clips are chosen beforehand.
+        args = (block, x, seen, drop, False)
+        x = checkpoint(_thinned_block, *args, use_reentrant=False, preserve_rng_state=False)
     else:
         x = _thinned_block(block, x, seen, drop, stack.checkpoint == "selective")
     return replace(stream, x=x.flatten(0, 1), update=None)

@@ -144,6 +144,21 @@ def _encoder_names(model: AudiovisualMAE) -> set[str]:
     return set(Encoder(model.config).state_dict())
 
 
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_pretraining_on_sound_alone(fusion: str) -> None:
+    pretrained = _pretrained(fusion=fusion, video=None)
+    report = _move(pretrained, _classifier(video=None))
+    assert set(report.left.values()) <= {
+        "only pretraining has it",
+        "LayerNorms of a single modality are not transferred, as released",
+    }
+    model = _classifier()
+    with pytest.raises(TransferError, match="pretraining had no video, .* name patch_embed.video"):
+        _move(pretrained, model)
+    report = _move(pretrained, model, fresh=["patch_embed.video", "encoder.video"])
+    assert report.fresh["encoder.video.blocks.0.attn.qkv.weight"] == "asked for"
+
+
 def test_positions_are_resized_on_request_only() -> None:
     pretrained = _pretrained(positions="learned")
     model = _classifier(positions="learned")
