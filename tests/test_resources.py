@@ -101,6 +101,13 @@ def test_shortfalls_are_seen(change: dict, fault: str) -> None:
     assert fault in found
 
 
+def test_missing_bulk_loads_are_seen() -> None:
+    case = dataclasses.replace(CASE, descriptors=True)
+    assert shortfalls(case, GOOD) == ["no bulk load (UTMALDG)"]
+    bulk = dataclasses.replace(GOOD, instructions=GOOD.instructions | {"UTMALDG": 1})
+    assert shortfalls(case, bulk) == []
+
+
 def test_table_names_what_did_not_compile() -> None:
     case = dataclasses.replace(CASES[0], config="broken")
     rows = [resources.row(case, "CompilationError: at 3:4")]

@@ -73,6 +73,7 @@ class CompileCase:
             HMMA on sm_90 too.
         wide_loads, wide_stores: whether it streams, so 128-bit (or bulk) accesses must be there
             and 8- or 16-bit ones must not.
+        descriptors: whether tiles come through tensor descriptors, so bulk loads must be there.
         min_blocks: blocks that must fit on an SM together.
     """
 
@@ -90,6 +91,7 @@ class CompileCase:
     mma: str | None = None
     wide_loads: bool = True
     wide_stores: bool = True
+    descriptors: bool = False
     min_blocks: int = 1
 
     @property
@@ -200,6 +202,8 @@ def shortfalls(case: CompileCase, got: Resources) -> list[str]:
         faults.append("no 128-bit load")
     if case.wide_loads and n["LDG.16"] + n["LDG.8"]:
         faults.append(f"{n['LDG.16'] + n['LDG.8']} loads of 16 or 8 bits")
+    if case.descriptors and not n["UTMALDG"]:
+        faults.append("no bulk load (UTMALDG)")
     if case.wide_stores and not n["STG.128"] + n["UTMASTG"]:
         faults.append("no 128-bit store")
     if case.wide_stores and n["STG.16"] + n["STG.8"]:

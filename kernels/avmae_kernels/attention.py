@@ -6,14 +6,14 @@ is the rows cu_seqlens[s] .. cu_seqlens[s + 1]. Rows past the last sequence, and
 sequence without keys, give zeros and get none but zero gradients.
 
 Here are the operations and the public functions. What they mean: attention_meaning. Kernels:
-attention_forward and attention_backward, on the slots of attention_layout, in the configurations of
-attention_tiles. Other back ends, and the choice between them: attention_backends. The log-sum-exp
+attention_forward and attention_backward, and attention_hopper, on the slots of attention_layout, in
+the configurations of attention_tiles. Other back ends, and the choice between them: attention_backends. The log-sum-exp
 that an operation returns beside its output is for its gradient alone: [H, slots * 128], in powers
 of two, laid out by slot.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +21,10 @@ from torch import Tensor
 from avmae_kernels._check import wanted
 from avmae_kernels._library import define, register_backward
 from avmae_kernels._triton import INTERPRET
-from avmae_kernels.attention_backends import OWN, attend, resolve
+from avmae_kernels.attention_backends import HOPPER, KERNELS, attend, resolve
 from avmae_kernels.attention_backward import launch_backward
 from avmae_kernels.attention_forward import launch_forward
+from avmae_kernels.attention_hopper import launch_hopper_backward, launch_hopper_forward
 from avmae_kernels.attention_layout import (
     SLOT,
     Sequences,
@@ -36,7 +37,13 @@ from avmae_kernels.attention_meaning import (
     forward_meaning,
     packed_attention_reference,
 )
-from avmae_kernels.attention_tiles import backward_tiles, compile_cases, forward_tile
+from avmae_kernels.attention_tiles import (
+    backward_tiles,
+    compile_cases,
+    forward_tile,
+    hopper_backward_tiles,
+    hopper_forward_tile,
+)
 
 __all__ = [
     "compile_cases",
@@ -57,8 +64,54 @@ slot_owners = define(
 )
 
 
-def _forward_kernels(q: Tensor, k: Tensor, v: Tensor, seqs: Sequences) -> tuple[Tensor, Tensor]:
+class _Kernels(NamedTuple):
+    """How the launches of one back end are called.
+
+    forward: (q, k, v, seqs) to the output [Q, H, d] and its log-sum-exp. backward: (grad, q, k, v,
+    out, lse, seqs, grads) writes the gradients of q, k and v into the three `grads`.
+    """
+
+    forward: Callable[[Tensor, Tensor, Tensor, Sequences], tuple[Tensor, Tensor]]
+    backward: Callable[..., None]
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, seqs: Sequences) -> tuple[Tensor, Tensor]:
     return launch_forward(q, k, v, seqs, forward_tile(q, k, seqs))
+
+
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seqs: Sequences,
+    grads: Sequence[Tensor],
+) -> None:
+    launch_backward(grad, q, k, v, out, lse, seqs, grads, backward_tiles(q, k, seqs))
+
+
+def _hopper_forward(q: Tensor, k: Tensor, v: Tensor, seqs: Sequences) -> tuple[Tensor, Tensor]:
+    return launch_hopper_forward(q, k, v, seqs, hopper_forward_tile(q, k, seqs))
+
+
+def _hopper_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seqs: Sequences,
+    grads: Sequence[Tensor],
+) -> None:
+    tiles = hopper_backward_tiles(q, k, seqs)
+    launch_hopper_backward(grad, q, k, v, out, lse, seqs, grads, tiles)
+
+
+_FOR_ALL_GPUS = _Kernels(_forward, _backward)
+_FOR_HOPPER = _Kernels(_hopper_forward, _hopper_backward)
 
 
 def _fake_output(q: Tensor, cu_q: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
@@ -103,15 +156,15 @@ def _packed_backward_meaning(
     return torch.stack(backward_meaning(*heads, lse, _self_sequences(*sequences)), 1)
 
 
-def _packed_backward_kernels(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *sequences: Any
-) -> Tensor:
-    grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    q, k, v = qkv.unbind(1)
-    heads = _as_heads(grad, q), q, k, v, _as_heads(out, q)
-    seqs = _self_sequences(*sequences)
-    launch_backward(*heads, lse, seqs, grad_qkv.unbind(1), backward_tiles(q, k, seqs))
-    return grad_qkv
+def _packed_backward(backward: Callable[..., None]) -> Callable[..., Tensor]:
+    def run(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *sequences: Any) -> Tensor:
+        grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+        q, k, v = qkv.unbind(1)
+        heads = _as_heads(grad, q), q, k, v, _as_heads(out, q)
+        backward(*heads, lse, _self_sequences(*sequences), grad_qkv.unbind(1))
+        return grad_qkv
+
+    return run
 
 
 def _as_heads(x: Tensor, q: Tensor) -> Tensor:
@@ -120,34 +173,40 @@ def _as_heads(x: Tensor, q: Tensor) -> Tensor:
     return x.contiguous().view(q.shape)
 
 
-_packed_attention = define(
-    "packed_attention(Tensor qkv, Tensor cu_seqlens, Tensor? owners, SymInt? fixed_length)"
-    " -> (Tensor, Tensor)",
-    meaning=_packed(forward_meaning),
-    kernels=_packed(_forward_kernels),
-    fake=lambda qkv, cu, owners, length: _fake_output(qkv[:, 0], cu, length),
-)
-_packed_attention_backward = define(
-    "packed_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens,"
-    " Tensor? owners, SymInt? fixed_length) -> Tensor",
-    meaning=_packed_backward_meaning,
-    kernels=_packed_backward_kernels,
-    fake=lambda grad, qkv, *_: qkv.new_empty(qkv.shape),
-)
-
-
 def _packed_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     qkv, cu, owners, ctx.length = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(qkv, *output, cu, owners)
 
 
-def _packed_gradient(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
-    grad_qkv = _packed_attention_backward(grad, *ctx.saved_tensors, ctx.length)
-    return grad_qkv, None, None, None
+def _define_packed(name: str, kernels: _Kernels) -> tuple[Any, Any]:
+    """The operation `name` and its backward operation."""
+    forward = define(
+        f"{name}(Tensor qkv, Tensor cu_seqlens, Tensor? owners, SymInt? fixed_length)"
+        " -> (Tensor, Tensor)",
+        meaning=_packed(forward_meaning),
+        kernels=_packed(kernels.forward),
+        fake=lambda qkv, cu, owners, length: _fake_output(qkv[:, 0], cu, length),
+    )
+    backward = define(
+        f"{name}_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens,"
+        " Tensor? owners, SymInt? fixed_length) -> Tensor",
+        meaning=_packed_backward_meaning,
+        kernels=_packed_backward(kernels.backward),
+        fake=lambda grad, qkv, *_: qkv.new_empty(qkv.shape),
+    )
+
+    def gradient(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
+        return backward(grad, *ctx.saved_tensors, ctx.length), None, None, None
+
+    register_backward(name, gradient, _packed_context)
+    return forward, backward
 
 
-register_backward("packed_attention", _packed_gradient, _packed_context)
+_packed_attention, _packed_attention_backward = _define_packed("packed_attention", _FOR_ALL_GPUS)
+_packed_attention_hopper, _packed_attention_hopper_backward = _define_packed(
+    "packed_attention_hopper", _FOR_HOPPER
+)
 
 
 def _query(forward: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]:
@@ -167,34 +226,17 @@ def _query_backward_meaning(
     return of_q.contiguous(), torch.stack([of_k, of_v], 1)
 
 
-def _query_backward_kernels(
-    grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, *sequences: Any
-) -> tuple[Tensor, Tensor]:
-    grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    grad_kv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
-    k, v = kv.unbind(1)
-    heads = _as_heads(grad, q), q, k, v, _as_heads(out, q)
-    seqs = _query_sequences(*sequences)
-    grads = (grad_q, *grad_kv.unbind(1))
-    launch_backward(*heads, lse, seqs, grads, backward_tiles(q, k, seqs))
-    return grad_q, grad_kv
+def _query_backward(backward: Callable[..., None]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def run(
+        grad: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, *sequences: Any
+    ) -> tuple[Tensor, Tensor]:
+        grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        grad_kv = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
+        heads = _as_heads(grad, q), q, *kv.unbind(1), _as_heads(out, q)
+        backward(*heads, lse, _query_sequences(*sequences), (grad_q, *grad_kv.unbind(1)))
+        return grad_q, grad_kv
 
-
-_packed_query_attention = define(
-    "packed_query_attention(Tensor q, Tensor kv, Tensor cu_q, Tensor cu_kv, Tensor? owners_q,"
-    " Tensor? owners_kv, SymInt? q_length, SymInt? kv_length) -> (Tensor, Tensor)",
-    meaning=_query(forward_meaning),
-    kernels=_query(_forward_kernels),
-    fake=lambda q, kv, cu_q, cu_kv, owners_q, owners_kv, length, _: _fake_output(q, cu_q, length),
-)
-_packed_query_attention_backward = define(
-    "packed_query_attention_backward(Tensor grad, Tensor q, Tensor kv, Tensor out, Tensor lse,"
-    " Tensor cu_q, Tensor cu_kv, Tensor? owners_q, Tensor? owners_kv, SymInt? q_length,"
-    " SymInt? kv_length) -> (Tensor, Tensor)",
-    meaning=_query_backward_meaning,
-    kernels=_query_backward_kernels,
-    fake=lambda grad, q, kv, *_: (q.new_empty(q.shape), kv.new_empty(kv.shape)),
-)
+    return run
 
 
 def _query_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -203,12 +245,38 @@ def _query_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
     ctx.save_for_backward(q, kv, *output, *offsets)
 
 
-def _query_gradient(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
-    grads = _packed_query_attention_backward(grad, *ctx.saved_tensors, ctx.q_length, ctx.kv_length)
-    return *grads, *[None] * 6
+def _define_query(name: str, kernels: _Kernels) -> tuple[Any, Any]:
+    """The operation `name` and its backward operation."""
+    forward = define(
+        f"{name}(Tensor q, Tensor kv, Tensor cu_q, Tensor cu_kv, Tensor? owners_q,"
+        " Tensor? owners_kv, SymInt? q_length, SymInt? kv_length) -> (Tensor, Tensor)",
+        meaning=_query(forward_meaning),
+        kernels=_query(kernels.forward),
+        fake=lambda q, kv, cu_q, cu_kv, of_q, of_kv, length, _: _fake_output(q, cu_q, length),
+    )
+    backward = define(
+        f"{name}_backward(Tensor grad, Tensor q, Tensor kv, Tensor out, Tensor lse, Tensor cu_q,"
+        " Tensor cu_kv, Tensor? owners_q, Tensor? owners_kv, SymInt? q_length, SymInt? kv_length)"
+        " -> (Tensor, Tensor)",
+        meaning=_query_backward_meaning,
+        kernels=_query_backward(kernels.backward),
+        fake=lambda grad, q, kv, *_: (q.new_empty(q.shape), kv.new_empty(kv.shape)),
+    )
+
+    def gradient(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
+        grads = backward(grad, *ctx.saved_tensors, ctx.q_length, ctx.kv_length)
+        return *grads, *[None] * 6
+
+    register_backward(name, gradient, _query_context)
+    return forward, backward
 
 
-register_backward("packed_query_attention", _query_gradient, _query_context)
+_packed_query_attention, _packed_query_attention_backward = _define_query(
+    "packed_query_attention", _FOR_ALL_GPUS
+)
+_packed_query_attention_hopper, _packed_query_attention_hopper_backward = _define_query(
+    "packed_query_attention_hopper", _FOR_HOPPER
+)
 
 
 def packed_attention(
@@ -238,7 +306,7 @@ def packed_attention(
 
     Raises:
         ValueError: a shape, dtype or memory layout is not as above.
-        BackendUnavailable: `impl` cannot be had on this machine.
+        BackendUnavailable: `impl` cannot be had on this machine, or not for such tensors.
     """
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise wanted("packed_attention", "qkv [T, 3, H, d]", qkv=qkv)
@@ -251,12 +319,13 @@ def packed_attention(
             raise wanted("packed_attention", want, qkv=qkv, cu_seqlens=cu_seqlens)
     q, k, v = qkv.unbind(1)
     fixed = _pair(fixed_length, fixed_length)
-    impl = resolve(impl, q, fixed)
-    if impl != OWN:
+    impl = resolve(impl, q, k, v, fixed)
+    if impl not in KERNELS:
         return attend(impl, q, k, v, cu_seqlens, cu_seqlens, fixed).flatten(1)
     if owners is None and fixed_length is None and _runs_kernels(qkv):
         owners = slot_owners(cu_seqlens, qkv.shape[0])
-    return _packed_attention(qkv, cu_seqlens, owners, fixed_length)[0]
+    op = _packed_attention_hopper if impl == HOPPER else _packed_attention
+    return op(qkv, cu_seqlens, owners, fixed_length)[0]
 
 
 def packed_query_attention(
@@ -283,7 +352,7 @@ def packed_query_attention(
 
     Raises:
         ValueError: a shape, dtype or memory layout is not as above.
-        BackendUnavailable: `impl` cannot be had on this machine.
+        BackendUnavailable: `impl` cannot be had on this machine, or not for such tensors.
     """
     if q.ndim != 3 or kv.ndim != 4 or kv.shape[1] != 2 or kv.shape[2:] != q.shape[1:]:
         raise wanted("packed_query_attention", "q [Q, H, d], kv [T, 2, H, d]", q=q, kv=kv)
@@ -302,15 +371,16 @@ def packed_query_attention(
             want = f"{sequences} sequences of fixed_lengths {fixed_lengths}"
             raise wanted("packed_query_attention", want, q=q, kv=kv)
     k, v = kv.unbind(1)
-    impl = resolve(impl, q, fixed_lengths)
-    if impl != OWN:
+    impl = resolve(impl, q, k, v, fixed_lengths)
+    if impl not in KERNELS:
         return attend(impl, q, k, v, cu_q, cu_kv, fixed_lengths).flatten(1)
     owners_q, owners_kv = owners
     if fixed_lengths is None and _runs_kernels(q):
         owners_q = slot_owners(cu_q, q.shape[0]) if owners_q is None else owners_q
         owners_kv = slot_owners(cu_kv, kv.shape[0]) if owners_kv is None else owners_kv
     lengths = fixed_lengths or (None, None)
-    return _packed_query_attention(q, kv, cu_q, cu_kv, owners_q, owners_kv, *lengths)[0]
+    op = _packed_query_attention_hopper if impl == HOPPER else _packed_query_attention
+    return op(q, kv, cu_q, cu_kv, owners_q, owners_kv, *lengths)[0]
 
 
 def _runs_kernels(x: Tensor) -> bool:

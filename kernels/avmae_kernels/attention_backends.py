@@ -6,10 +6,12 @@ Shape letters: Q, T query and key tokens, S sequences, H heads, d head_dim.
 `tuning/attention.json` names for the architecture, the class of length, head_dim and the direction
 (`forward`: no gradient is wanted; `training`: one is), and our kernels where the table says
 nothing. The same arguments always get the same choice. Where our kernels cannot run, or failed
-`attention_check.self_check`, it is "sdpa", with a warning.
+`attention_check.self_check`, it is "sdpa", with a warning. "triton-hopper" are our kernels of
+attention_hopper, for some heads on sm_90: taken by "auto" only where the table says so, and never
+where they cannot run or failed.
 
-The library back ends want every row to belong to a sequence. All but "triton" read varying lengths
-on the host, which waits for the GPU and cannot be captured in a CUDA graph.
+The library back ends want every row to belong to a sequence. They read varying lengths on the host,
+which waits for the GPU and cannot be captured in a CUDA graph.
 """
 
 import functools
@@ -26,6 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from avmae_kernels._triton import HAVE_TRITON, INTERPRET, kernels_usable
+from avmae_kernels.attention_hopper import why_misplaced, why_unsupported
 from avmae_kernels.attention_layout import MAX_HEAD_DIM, SHORT
 from avmae_kernels.attention_meaning import packed_attention_reference
 
@@ -33,7 +36,7 @@ log = logging.getLogger(__name__)
 
 Fixed = tuple[int, int] | None
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Fixed], Tensor]
-OWN = "triton"
+OWN, HOPPER = KERNELS = ("triton", "triton-hopper")
 TABLE = Path(__file__).parent / "tuning" / "attention.json"
 DIRECTIONS = ("forward", "training")
 
@@ -104,7 +107,7 @@ _LIBRARIES: dict[str, Attention] = {
     "flash-attn": _flash_attn,
     "xformers": _xformers,
 }
-BACKENDS = (OWN, *_LIBRARIES)
+BACKENDS = (*KERNELS, *_LIBRARIES)
 # FlashAttention 3, 4 and 2, in the order in which they are looked for.
 _FLASH_ATTN_MODULES = ("flash_attn_interface", "flash_attn.cute", "flash_attn")
 
@@ -132,21 +135,28 @@ _MODULES = {
 }
 
 
+@torch.compiler.assume_constant_result
 def why_unavailable(name: str, device: torch.device) -> str | None:
     """What keeps back end `name` from computing on `device`, or None if nothing is known to."""
     modules = _MODULES.get(name, ())
     if modules and not any(_importable(module) for module in modules):
         wanted = "torch of 2.10 or later" if name == "torch-varlen" else name
         return f"{' nor '.join(modules)} cannot be imported: install {wanted}"
-    if name == OWN and not HAVE_TRITON:
+    if name in KERNELS and not HAVE_TRITON:
         return "Triton is not installed: pip install triton (Linux)"
-    if name == "sdpa" or (name == OWN and INTERPRET) or device.type == "cuda":
+    if name == "sdpa" or (name in KERNELS and INTERPRET):
         return None
-    return f"it wants tensors on a CUDA device, these are on {device}"
+    if device.type != "cuda":
+        return f"it wants tensors on a CUDA device, these are on {device}"
+    if name == HOPPER:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major != 9:
+            return f"it wants compute capability 9.x (Hopper), this is {major}.{minor}"
+    return None
 
 
-def resolve(impl: str, q: Tensor, fixed: Fixed) -> str:
-    """The back end that computes attention of queries q [Q, H, d], a name of BACKENDS.
+def resolve(impl: str, q: Tensor, k: Tensor, v: Tensor, fixed: Fixed) -> str:
+    """The back end that computes attention of q [Q, H, d], k and v [T, H, d], a name of BACKENDS.
 
     Raises:
         ValueError: `impl` is no name of a back end.
@@ -156,13 +166,23 @@ def resolve(impl: str, q: Tensor, fixed: Fixed) -> str:
         if not q.is_cuda:
             return OWN
         training = torch.is_grad_enabled() and q.requires_grad
-        return choose(q.device, q.dtype, q.shape[-1], fixed and fixed[1], training)
+        named = choose(q.device, q.dtype, q.shape[-1], fixed and fixed[1], training)
+        reason = why_misplaced(q=q, k=k, v=v) if named == HOPPER else None
+        return named if reason is None else _not_hopper(reason)
     if impl not in BACKENDS:
         raise ValueError(f"impl = {impl!r} is not valid: it must be auto, {', '.join(BACKENDS)}")
     reason = why_unavailable(impl, q.device)
+    if reason is None and impl == HOPPER:
+        reason = why_unsupported(q.dtype, q.shape[-1]) or why_misplaced(q=q, k=k, v=v)
     if reason is not None:
         raise BackendUnavailable(f"impl = {impl!r} cannot run: {reason}")
     return impl
+
+
+@torch.compiler.assume_constant_result
+def _not_hopper(reason: str) -> str:
+    _warn_once(f"attention: the measured choice {HOPPER} cannot run: {reason}")
+    return OWN
 
 
 def attend(
@@ -197,7 +217,7 @@ def explain(
         obstacle = f"the kernels want compute capability 8.0, this is {capability}"
     if head_dim > MAX_HEAD_DIM:
         obstacle = f"the kernels want head_dim up to {MAX_HEAD_DIM}, this is {head_dim}"
-    if (device.index, dtype, head_dim) in _REJECTED:
+    if (OWN, device.index, dtype, head_dim) in _REJECTED:
         obstacle = "the kernels failed their self-check here"
     if obstacle is not None:
         _warn_once(f"attention on {device} runs as torch's SDPA: {obstacle}")
@@ -209,24 +229,39 @@ def explain(
     if named is None:
         return OWN, f"nothing measured for sm_{arch}, {length} sequences, head_dim {head_dim}"
     reason = why_unavailable(named, device)
+    if reason is None and named == HOPPER:
+        reason = why_unsupported(dtype, head_dim)
+    if (named, device.index, dtype, head_dim) in _REJECTED:
+        reason = "it failed its self-check here"
     if reason is not None:
         _warn_once(f"attention: the measured choice {named} for {key} cannot run: {reason}")
-        return OWN, f"{named} was measured to be faster, but {reason}"
+        return OWN, f"{named} was measured to be faster, but cannot run: {reason}"
     return named, f"measured on {table()['measured_on']}"
 
 
-# (device number, dtype, head_dim) whose kernels gave a wrong result in this process.
-_REJECTED: set[tuple[int | None, torch.dtype, int]] = set()
+# (name, device number, dtype, head_dim) of our kernels that gave a wrong result in this process.
+_REJECTED: set[tuple[str, int | None, torch.dtype, int]] = set()
 
 
-def reject(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    """Keep "auto" from using our kernels for such heads in this process."""
-    _REJECTED.add((device.index, dtype, head_dim))
+def reject(impl: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Keep "auto" from using `impl`, kernels of ours, for such heads in this process."""
+    _REJECTED.add((impl, device.index, dtype, head_dim))
 
 
 @functools.cache
 def _warn_once(message: str) -> None:
     log.warning(message)
+
+
+def may_choose_hopper(device: torch.device, head_dim: int) -> bool:
+    """Whether "auto" takes the kernels for Hopper for some attention of such heads on `device`."""
+    if device.type != "cuda":
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return any(
+        (arch, heads, impl) == (10 * major + minor, head_dim, HOPPER)
+        for (arch, _, heads, _), impl in measured_choices().items()
+    )
 
 
 def length_class(fixed_keys: int | None) -> str:

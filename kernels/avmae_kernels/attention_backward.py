@@ -84,7 +84,8 @@ def backward_q_kernel(
         delta += tl.sum(g[1].to(tl.float32) * out[1].to(tl.float32), 1)
     entry = h.to(tl.int64) * slots * 128 + statistics_row(s, q_start, FIXED_Q) + row
     lse = tl.load(lse_ptr + entry + m, mask=in_q, other=float("inf"))
-    tl.store(delta_ptr + entry + m, delta, mask=in_q)
+    # Rows past the end get a zero: a block that reads them must find a number.
+    tl.store(delta_ptr + entry + m, delta)
 
     grad_q = zero_head(BLOCK_M, LOW, HIGH)
     # As in the forward pass: the one block of keys that may be short goes first.
@@ -212,33 +213,70 @@ def launch_backward(
 
     grad, out: [Q, H, d] contiguous. tiles: of the dQ kernel and of the dK, dV kernel.
     """
-    cu_q, cu_kv, owners_q, owners_kv, fixed = seqs
-    (Q, H, d), T = q.shape, len(k)
-    S = len(cu_q) - 1
-    grad_q, grad_k, grad_v = grads
+    grad_q, *grad_kv = grads
     q_tile, kv_tile = tiles
+    delta = launch_backward_q(grad, q, k, v, out, lse, seqs, grad_q, q_tile)
+    launch_backward_kv(grad, q, k, v, lse, delta, seqs, grad_kv, kv_tile)
+
+
+def launch_backward_q(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seqs: Sequences,
+    grad_q: Tensor,
+    tile: Tile,
+) -> Tensor:
+    """Write the gradient of q, and return delta, the row sums of grad * out, laid out as `lse`."""
+    cu_q, cu_kv, owners, _, fixed = seqs
+    Q, H, d = q.shape
+    S = len(cu_q) - 1
     slots = slot_count(Q, S, fixed and fixed[0])
     delta = torch.empty(H, slots * SLOT, dtype=torch.float32, device=q.device)
-    constants = kernel_constants(d, q.dtype, fixed)
+    if Q * H == 0:
+        return delta
     if fixed is None:
-        q_tiles = slots * (SLOT // q_tile.block_m)
-        kv_tiles = slot_count(T, S, None) * (SLOT // kv_tile.block_n)
+        tiles = slots * (SLOT // tile.block_m)
     else:
-        q_tiles = S * -(-fixed[0] // q_tile.block_m)
-        kv_tiles = S * -(-fixed[1] // kv_tile.block_n)
-    if Q * H > 0:
-        backward_q_kernel[(q_tiles * H,)](
-            grad, q, k, v, out, lse, delta, grad_q, cu_q, cu_kv,
-            cu_q if owners_q is None else owners_q,
-            grad.stride(0), q.stride(0), k.stride(0), grad_q.stride(0), H, S, Q, slots,
-            **constants, BLOCK_M=q_tile.block_m, BLOCK_N=q_tile.block_n,
-            num_warps=q_tile.num_warps, num_stages=q_tile.num_stages,
-        )  # fmt: skip
-    if T * H > 0:
-        backward_kv_kernel[(kv_tiles * H,)](
-            grad, q, k, v, lse, delta, grad_k, grad_v, cu_q, cu_kv,
-            cu_kv if owners_kv is None else owners_kv,
-            grad.stride(0), q.stride(0), k.stride(0), grad_k.stride(0), H, S, T, slots,
-            **constants, BLOCK_M=kv_tile.block_m, BLOCK_N=kv_tile.block_n,
-            num_warps=kv_tile.num_warps, num_stages=kv_tile.num_stages,
-        )  # fmt: skip
+        tiles = S * -(-fixed[0] // tile.block_m)
+    backward_q_kernel[(tiles * H,)](
+        grad, q, k, v, out, lse, delta, grad_q, cu_q, cu_kv, cu_q if owners is None else owners,
+        grad.stride(0), q.stride(0), k.stride(0), grad_q.stride(0), H, S, Q, slots,
+        **kernel_constants(d, q.dtype, fixed), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return delta
+
+
+def launch_backward_kv(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    seqs: Sequences,
+    grads: Sequence[Tensor],
+    tile: Tile,
+) -> None:
+    """Write the gradients of k and v into the two `grads`; delta: from `launch_backward_q`."""
+    cu_q, cu_kv, _, owners, fixed = seqs
+    T, H, d = k.shape
+    S = len(cu_q) - 1
+    slots = slot_count(len(q), S, fixed and fixed[0])
+    grad_k, grad_v = grads
+    if T * H == 0:
+        return
+    if fixed is None:
+        tiles = slot_count(T, S, None) * (SLOT // tile.block_n)
+    else:
+        tiles = S * -(-fixed[1] // tile.block_n)
+    backward_kv_kernel[(tiles * H,)](
+        grad, q, k, v, lse, delta, grad_k, grad_v, cu_q, cu_kv, cu_kv if owners is None else owners,
+        grad.stride(0), q.stride(0), k.stride(0), grad_k.stride(0), H, S, T, slots,
+        **kernel_constants(d, q.dtype, fixed), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from avmae_kernels.attention import packed_attention
-from avmae_kernels.attention_backends import OWN, reject
+from avmae_kernels.attention_backends import HOPPER, OWN, may_choose_hopper, reject
+from avmae_kernels.attention_hopper import why_unsupported
 from avmae_kernels.attention_meaning import packed_attention_reference
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,10 @@ _HEADS = 2
 
 
 def self_check(
-    device: torch.device, head_dims: Sequence[int], dtypes: Sequence[torch.dtype]
+    device: torch.device,
+    head_dims: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    impls: Sequence[str] | None = None,
 ) -> dict[tuple[torch.dtype, int], float]:
     """Run our attention kernels once against their meaning in float64, forward and backward.
 
@@ -33,6 +37,10 @@ def self_check(
     dtype and head_dim that miss are not used by "auto" in this process: a warning says so, and
     `attention_backends.explain` gives it as the reason. Some milliseconds for each pair, once its
     kernels are compiled; call it before torch.compile or a CUDA graph fixes the choice.
+
+    Args:
+        impls: which of our kernels, `attention_backends.KERNELS`; those that "auto" may take on
+            this device if None. Those for Hopper are passed over for heads they do not take.
 
     Returns:
         The worst error of each (dtype, head_dim) as a share of what is allowed: above 1 is wrong.
@@ -42,26 +50,44 @@ def self_check(
     worst = {}
     for dtype in dtypes:
         for head_dim in head_dims:
-            share = _worst(_shares(device, dtype, head_dim))
-            worst[dtype, head_dim] = share
-            # Written so that a NaN fails.
-            if not share <= 1:
-                reject(device, dtype, head_dim)
-                log.warning(
-                    "attention kernels FAILED their self-check on %s for %s, head_dim %d (error "
-                    "%.3g times what is allowed): torch's SDPA is used instead. A newer ptxas "
-                    "(CUDA 13.1), named by TRITON_PTXAS_PATH, may help.",
-                    device, dtype, head_dim, share,
-                )  # fmt: skip
+            shares = []
+            for impl in impls or _may_choose(device, head_dim):
+                if impl == HOPPER and why_unsupported(dtype, head_dim) is not None:
+                    continue
+                shares.append(_worst(_shares(device, dtype, head_dim, impl)))
+                # Written so that a NaN fails.
+                if not shares[-1] <= 1:
+                    _reject(impl, device, dtype, head_dim, shares[-1])
+            if shares:
+                worst[dtype, head_dim] = _worst(shares)
     return worst
 
 
-def _shares(device: torch.device, dtype: torch.dtype, head_dim: int) -> Iterator[float]:
+def _may_choose(device: torch.device, head_dim: int) -> tuple[str, ...]:
+    return (OWN, HOPPER) if may_choose_hopper(device, head_dim) else (OWN,)
+
+
+def _reject(
+    impl: str, device: torch.device, dtype: torch.dtype, head_dim: int, share: float
+) -> None:
+    reject(impl, device, dtype, head_dim)
+    log.warning(
+        "attention kernels (%s) FAILED their self-check on %s for %s, head_dim %d (error %.3g times "
+        "what is allowed): %s instead. A newer ptxas (CUDA 13.1), named by TRITON_PTXAS_PATH, may "
+        "help.",
+        impl, device, dtype, head_dim, share,
+        "torch's SDPA is used" if impl == OWN else f"{OWN} is used",
+    )  # fmt: skip
+
+
+def _shares(
+    device: torch.device, dtype: torch.dtype, head_dim: int, impl: str
+) -> Iterator[float]:
     for lengths in _LENGTHS:
         fixed = lengths[0] if len(set(lengths)) == 1 else None
         offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
         for qkv in _inputs(sum(lengths), head_dim):
-            yield _share(qkv.to(device, dtype), offsets, fixed)
+            yield _share(qkv.to(device, dtype), offsets, fixed, impl)
 
 
 def _inputs(tokens: int, head_dim: int) -> Iterator[Tensor]:
@@ -77,14 +103,14 @@ def _inputs(tokens: int, head_dim: int) -> Iterator[Tensor]:
     yield values * torch.tensor([16.0, 1.0, 1.0])[:, None, None]
 
 
-def _share(qkv: Tensor, offsets: Tensor, fixed: int | None) -> float:
+def _share(qkv: Tensor, offsets: Tensor, fixed: int | None, impl: str) -> float:
     """The largest error of output and gradient, as a share of what may be: twice the error of
     PyTorch in the same dtype, one rounding of the result, and that of the fp32 sums behind it."""
 
     def results(x: Tensor, ours: bool) -> tuple[Tensor, Tensor]:
         x = x.clone().requires_grad_()
         if ours:
-            out = packed_attention(x, offsets, fixed, impl=OWN)
+            out = packed_attention(x, offsets, fixed, impl=impl)
         else:
             q, k, v = x.unbind(1)
             out = packed_attention_reference(q, k, v, offsets, offsets).flatten(1)

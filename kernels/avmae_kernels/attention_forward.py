@@ -81,16 +81,16 @@ def forward_kernel(
     first = kv_first + tl.cast(last, tl.int64) * kv_stride
     k = load_head(k_ptr + first, kv_stride, n, in_kv, HEAD_DIM, LOW, HIGH, True)
     v = load_head(v_ptr + first, kv_stride, n, in_kv, HEAD_DIM, LOW, HIGH, True)
-    top, total, out = _attend(q, k, v, in_kv, top, total, out, SCALE_LOG2, True, PRECISION)
+    top, total, out = attend_block(q, k, v, in_kv, top, total, out, SCALE_LOG2, True, PRECISION)
     for start in range(0, last, BLOCK_N):
         first = kv_first + tl.cast(start, tl.int64) * kv_stride
         k = load_head(k_ptr + first, kv_stride, n, in_kv, HEAD_DIM, LOW, HIGH, False)
         v = load_head(v_ptr + first, kv_stride, n, in_kv, HEAD_DIM, LOW, HIGH, False)
-        top, total, out = _attend(q, k, v, in_kv, top, total, out, SCALE_LOG2, False, PRECISION)
+        top, total, out = attend_block(q, k, v, in_kv, top, total, out, SCALE_LOG2, False, PRECISION)
 
     lse_ptr += h.to(tl.int64) * slots * 128 + statistics_row(s, q_start, FIXED_Q) + row
     out_ptr += q_row * out_stride + h * HEAD_DIM
-    _finish(out_ptr, out_stride, lse_ptr, m, in_q, top, total, out, HEAD_DIM)
+    finish_rows(out_ptr, out_stride, lse_ptr, m, in_q, top, total, out, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -144,16 +144,16 @@ def short_forward_kernel(
         out = zero_head(BLOCK_M, LOW, HIGH)
         for i in tl.static_range(len(BLOCKS_N)):
             in_kv = i * BLOCKS_N[0] + tl.arange(0, BLOCKS_N[i]) < FIXED_K
-            top, total, out = _attend(
+            top, total, out = attend_block(
                 q, keys[i], values[i], in_kv, top, total, out, SCALE_LOG2,
                 FIXED_K < (i + 1) * BLOCKS_N[0], PRECISION,
             )  # fmt: skip
         out_first = out_ptr + q_row * out_stride + h * HEAD_DIM
-        _finish(out_first, out_stride, lse_ptr + row, m, in_q, top, total, out, HEAD_DIM)
+        finish_rows(out_first, out_stride, lse_ptr + row, m, in_q, top, total, out, HEAD_DIM)
 
 
 @triton.jit
-def _attend(
+def attend_block(
     q, k, v, in_kv, top, total, out,
     SCALE_LOG2: tl.constexpr,
     MASKED: tl.constexpr,
@@ -175,14 +175,17 @@ def _attend(
 
 
 @triton.jit
-def _finish(out_ptr, out_stride, lse_ptr, m, in_q, top, total, out, HEAD_DIM: tl.constexpr):
-    """Write the normalised output and the log-sum-exp of the rows m."""
+def finish_rows(out_ptr, out_stride, lse_ptr, m, in_q, top, total, out, HEAD_DIM: tl.constexpr):
+    """Write the normalised output of the rows m, and their log-sum-exp.
+
+    That of rows past the end as well: a finite number, as for any query of zeros.
+    """
     # Without keys the sum is 0, and so is the output; an infinite log-sum-exp keeps such a row out
     # of the gradients. A NaN stays one.
     no_keys = total == 0
     total = tl.where(no_keys, 1.0, total)
     lse = tl.where(no_keys, float("inf"), top + tl.math.log2(total))
-    tl.store(lse_ptr + m, lse, mask=in_q)
+    tl.store(lse_ptr + m, lse)
     store_head(out_ptr, out_stride, m, in_q, out, (1.0 / total)[:, None], HEAD_DIM)
 
 

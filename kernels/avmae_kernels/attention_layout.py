@@ -9,7 +9,8 @@ offset: no prefix sum over lengths, and shapes alone decide how many slots there
 `T // 128 + S + 1`. The slots left at the end belong to an imaginary sequence S: the rows past
 `cu_seqlens[S]`. With one fixed length, sequence s owns `ceil(length / 128)` slots and nothing is
 left over. Row statistics (log-sum-exp, delta) are stored by slot, [H, slots * 128], so every
-sequence starts on an aligned address; entries past its end are unspecified and never read.
+sequence starts on an aligned address. Entries past its end, as far as the tile of its last row
+reaches, are those of rows of zeros; the others are unspecified and never read.
 """
 
 import math
@@ -34,6 +35,7 @@ class Tile:
     """Rows of a program on the side of the queries and of the keys, and how it is compiled.
 
     resident: all keys of a sequence stay on chip (forward pass, short fixed lengths).
+    peeled: the loop over blocks of keys leaves out the last one (forward pass for Hopper).
     """
 
     block_m: int
@@ -41,6 +43,7 @@ class Tile:
     num_warps: int
     num_stages: int = 2
     resident: bool = False
+    peeled: bool = True
 
 
 class Sequences(NamedTuple):

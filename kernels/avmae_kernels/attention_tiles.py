@@ -4,7 +4,7 @@ Every one compiles for sm_80 and sm_90 with no register spilled, under Triton 3.
 12.8. None is chosen by timing: none has been timed yet. Short sequences, of at most SHORT keys,
 get tiles of 64 queries, of which 306 tokens fill 0.96 (of 128 only 0.80); long ones 128, which
 read keys and values half as often. What is too large for the registers of an architecture has
-smaller tiles there.
+smaller tiles there. The kernels of attention_hopper have tiles for sm_90 alone.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from torch import Tensor
 from avmae_kernels._resources import CompileCase
 from avmae_kernels.attention_backward import backward_kv_kernel, backward_q_kernel
 from avmae_kernels.attention_forward import forward_kernel, short_blocks, short_forward_kernel
+from avmae_kernels.attention_hopper import hopper_backward_kv_kernel, hopper_forward_kernel
 from avmae_kernels.attention_layout import (
     MAX_HEAD_DIM,
     SHORT,
@@ -93,6 +94,11 @@ BACKWARD_KV = {
 # float32 multiplies without tensor cores (with them if torch allows tf32), out of registers.
 FLOAT32 = {32: Tile(32, 32, 4, 1), 80: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1)}
 
+# attention_hopper. For head_dim 128 one block fills a processor, so a third stage costs nothing.
+HOPPER_FORWARD = {32: Tile(128, 64, 8), 64: Tile(128, 64, 8), 128: Tile(128, 64, 8, 3)}
+HOPPER_FORWARD_SHORT = dict.fromkeys((32, 64, 128), Tile(64, 64, 4))
+HOPPER_BACKWARD_KV = dict.fromkeys((32, 64, 128), Tile(64, 64, 4))
+
 
 @functools.cache
 def architecture(device: torch.device) -> int:
@@ -109,6 +115,33 @@ def forward_tile(q: Tensor, k: Tensor, seqs: Sequences) -> Tile:
 def backward_tiles(q: Tensor, k: Tensor, seqs: Sequences) -> tuple[Tile, Tile]:
     """The configurations of the dQ kernel and of the dK, dV kernel."""
     return _backward(architecture(q.device), q.shape[-1], q.dtype, _length(k, seqs))
+
+
+def hopper_forward_tile(q: Tensor, k: Tensor, seqs: Sequences) -> Tile:
+    """The configuration of `hopper_forward_kernel`."""
+    return _hopper_forward(q.shape[-1], _length(k, seqs), seqs.fixed)
+
+
+def hopper_backward_tiles(q: Tensor, k: Tensor, seqs: Sequences) -> tuple[Tile, Tile]:
+    """The configurations of the dQ kernel for all GPUs and of the dK, dV kernel for Hopper; of
+    that for all GPUs where lengths vary."""
+    return _hopper_backward(q.shape[-1], _length(k, seqs), seqs.fixed)
+
+
+def _hopper_forward(head_dim: int, length: int, fixed: tuple[int, int] | None) -> Tile:
+    if length > SHORT:
+        return _by_head_dim(HOPPER_FORWARD, head_dim)
+    tile = _by_head_dim(HOPPER_FORWARD_SHORT, head_dim)
+    # In a short loop the masks weigh little, and buffers for two blocks less let one program more
+    # fit on a processor. Where lengths vary the last block is loaded in another way.
+    return dataclasses.replace(tile, peeled=fixed is None)
+
+
+def _hopper_backward(
+    head_dim: int, length: int, fixed: tuple[int, int] | None
+) -> tuple[Tile, Tile]:
+    q_tile, kv_tile = _backward(90, head_dim, torch.bfloat16, length)
+    return q_tile, kv_tile if fixed is None else _by_head_dim(HOPPER_BACKWARD_KV, head_dim)
 
 
 def _forward(
@@ -151,6 +184,12 @@ _SHIPPED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "fp16": ((64,), (0, 306)),
     "fp32": ((32, 64, 80, 128), (0,)),
 }
+_SHIPPED_HOPPER = (
+    ("bf16", 32, (0, *_LENGTHS[1:])),
+    ("bf16", 64, (0, *_LENGTHS)),
+    ("bf16", 128, (0, *_LENGTHS[1:])),
+    ("fp16", 64, (306,)),
+)
 _ODD_HEAD_DIMS = (16, 24, 48, 96)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -178,6 +217,9 @@ def compile_cases() -> list[CompileCase]:
                     cases += _cases(arch, dtype, head_dim, length)
         for head_dim in _ODD_HEAD_DIMS:
             cases += _cases(arch, "bf16", head_dim, 0)
+    for dtype, head_dim, lengths in _SHIPPED_HOPPER:
+        for length in lengths:
+            cases += _hopper_cases(dtype, head_dim, length)
     return cases
 
 
@@ -197,6 +239,16 @@ def _cases(arch: int, dtype: str, head_dim: int, length: int) -> Iterator[Compil
                 yield _case(kernel, arch, dtype, head_dim, fixed, shape)
 
 
+def _hopper_cases(dtype: str, head_dim: int, length: int) -> Iterator[CompileCase]:
+    fixed = (length, length) if length else None
+    for mean in (length,) if length else (SHORT, SHORT + 1):
+        tile = _hopper_forward(head_dim, mean, fixed)
+        yield _case(hopper_forward_kernel, 90, dtype, head_dim, fixed, tile)
+    if fixed is not None:
+        _, tile = _hopper_backward(head_dim, length, fixed)
+        yield _case(hopper_backward_kv_kernel, 90, dtype, head_dim, fixed, tile)
+
+
 def _case(
     kernel: Any,
     arch: int,
@@ -212,9 +264,11 @@ def _case(
         constants["BLOCKS_N"] = short_blocks(fixed[1], tile.block_n)
     else:
         constants["BLOCK_N"] = tile.block_n
+    if kernel is hopper_forward_kernel:
+        constants["PEELED"] = tile.peeled
     length = f"length {fixed[0]}" if fixed else "varying"
     signature = {
-        argument: _argument_type(argument, dtype)
+        argument: _argument_type(argument, dtype, head_dim, tile)
         for argument in kernel.arg_names
         if argument not in constants
     }
@@ -229,12 +283,18 @@ def _case(
         num_stages=tile.num_stages,
         aligned=tuple(a for a in signature if a.endswith(("_ptr", "_stride"))),
         tensor_cores=dtype != "fp32",
+        descriptors=any(kind.startswith("tensordesc") for kind in signature.values()),
         # Eight warps on a processor: two to hide the latency of each of its four schedulers.
         min_blocks=8 // tile.num_warps,
     )
 
 
-def _argument_type(argument: str, dtype: str) -> str:
+def _argument_type(argument: str, dtype: str, head_dim: int, tile: Tile) -> str:
+    if argument.endswith("_desc"):
+        rows = tile.block_n if argument in ("k_desc", "v_desc") else tile.block_m
+        if argument in ("lse_desc", "delta_desc"):
+            return f"tensordesc<fp32[1, {rows}]>"
+        return f"tensordesc<{dtype}[1, {rows}, {head_dim}]>"
     if not argument.endswith("_ptr"):
         return "i32"
     if argument in ("cu_q_ptr", "cu_kv_ptr", "owners_ptr"):
