@@ -7,9 +7,9 @@ sequence without keys, give zeros and get none but zero gradients.
 
 Here are the operations and the public functions. What they mean: attention_meaning. Kernels:
 attention_forward and attention_backward, and attention_hopper, on the slots of attention_layout, in
-the configurations of attention_tiles. Other back ends, and the choice between them: attention_backends. The log-sum-exp
-that an operation returns beside its output is for its gradient alone: [H, slots * 128], in powers
-of two, laid out by slot.
+the configurations of attention_tiles. Other back ends, and the choice between them:
+attention_backends. The log-sum-exp that an operation returns beside its output is for its gradient
+alone: [H, slots * 128], in powers of two, laid out by slot.
 """
 
 from collections.abc import Callable, Sequence

@@ -72,17 +72,15 @@ def _reject(
 ) -> None:
     reject(impl, device, dtype, head_dim)
     log.warning(
-        "attention kernels (%s) FAILED their self-check on %s for %s, head_dim %d (error %.3g times "
-        "what is allowed): %s instead. A newer ptxas (CUDA 13.1), named by TRITON_PTXAS_PATH, may "
-        "help.",
+        "attention kernels (%s) FAILED their self-check on %s for %s, head_dim %d (error %.3g "
+        "times what is allowed): %s instead. A newer ptxas (CUDA 13.1), named by "
+        "TRITON_PTXAS_PATH, may help.",
         impl, device, dtype, head_dim, share,
         "torch's SDPA is used" if impl == OWN else f"{OWN} is used",
     )  # fmt: skip
 
 
-def _shares(
-    device: torch.device, dtype: torch.dtype, head_dim: int, impl: str
-) -> Iterator[float]:
+def _shares(device: torch.device, dtype: torch.dtype, head_dim: int, impl: str) -> Iterator[float]:
     for lengths in _LENGTHS:
         fixed = lengths[0] if len(set(lengths)) == 1 else None
         offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)

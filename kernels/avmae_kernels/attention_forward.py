@@ -86,7 +86,9 @@ def forward_kernel(
         first = kv_first + tl.cast(start, tl.int64) * kv_stride
         k = load_head(k_ptr + first, kv_stride, n, in_kv, HEAD_DIM, LOW, HIGH, False)
         v = load_head(v_ptr + first, kv_stride, n, in_kv, HEAD_DIM, LOW, HIGH, False)
-        top, total, out = attend_block(q, k, v, in_kv, top, total, out, SCALE_LOG2, False, PRECISION)
+        top, total, out = attend_block(
+            q, k, v, in_kv, top, total, out, SCALE_LOG2, False, PRECISION
+        )
 
     lse_ptr += h.to(tl.int64) * slots * 128 + statistics_row(s, q_start, FIXED_Q) + row
     out_ptr += q_row * out_stride + h * HEAD_DIM

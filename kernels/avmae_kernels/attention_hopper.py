@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from avmae_kernels._check import wanted
 from avmae_kernels._triton import tl, triton
 from avmae_kernels.attention_backward import launch_backward_kv, launch_backward_q
 from avmae_kernels.attention_forward import attend_block, finish_rows
@@ -214,11 +215,17 @@ def why_unsupported(dtype: torch.dtype, head_dim: int) -> str | None:
 
 
 def why_misplaced(**heads: Tensor) -> str | None:
-    """What keeps the copy engine from reading these tensors [T, H, d] where they lie, or None."""
+    """What keeps the copy engine from reading these tensors [T, H, d] where they lie, or None.
+
+    Where they start is not known while torch.compile traces: the launch looks again.
+    """
     for name, x in heads.items():
-        apart, offset = x.stride(0) * x.itemsize, x.storage_offset() * x.itemsize
+        apart = x.stride(0) * x.itemsize
         if apart % ALIGNMENT:
             return f"it wants tokens a multiple of {ALIGNMENT} bytes apart, those of {name} are {apart}"
+        if torch.compiler.is_compiling():
+            continue
+        offset = x.storage_offset() * x.itemsize
         if offset % ALIGNMENT:
             return (
                 f"it wants tensors that start on a multiple of {ALIGNMENT} bytes, {name} starts "
@@ -325,6 +332,9 @@ def _rows_of_heads(x: Tensor, length: int | None, block: int) -> Any:
 def _describe(
     x: Tensor, shape: Sequence[int], strides: Sequence[int], block: tuple[int, ...]
 ) -> Any:
+    if x.data_ptr() % ALIGNMENT:
+        want = f"tensors that start on a multiple of {ALIGNMENT} bytes"
+        raise wanted("packed attention by 'triton-hopper'", want, tensor=x)
     # Not at the top: this file is imported where Triton is not installed, too.
     from triton.tools.tensor_descriptor import TensorDescriptor
 

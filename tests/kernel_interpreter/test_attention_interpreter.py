@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from avmae_kernels import attention_check
 from avmae_kernels.attention import packed_attention, packed_query_attention
+from avmae_kernels.attention_backends import OWN
 from avmae_kernels.attention_backward import launch_backward
 from avmae_kernels.attention_forward import launch_forward, short_blocks
 from avmae_kernels.attention_layout import (
@@ -350,5 +351,5 @@ def test_self_check(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(attention_check, "packed_attention", wrong)
     (share,) = attention_check.self_check(cpu, [16], [half]).values()
-    assert share > 1 and rejected == [(cpu, half, 16)]
+    assert share > 1 and rejected == [(OWN, cpu, half, 16)]
     assert "FAILED their self-check on cpu for torch.float16, head_dim 16" in caplog.text

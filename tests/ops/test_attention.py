@@ -19,7 +19,7 @@ from attention_cases import (
 from budgets import assert_matches_meaning
 from torch import Tensor
 
-from avmae_kernels import attention
+from avmae_kernels import attention, attention_backends
 from avmae_kernels.attention import packed_attention, packed_query_attention
 from avmae_kernels.attention_layout import split_head
 from avmae_kernels.attention_meaning import explicit_backward, explicit_forward
@@ -148,41 +148,58 @@ def test_what_is_kept_for_the_gradient() -> None:
     assert {qkv.data_ptr(), out.data_ptr()} <= {x.data_ptr() for x in kept}, "a copy is kept"
 
 
+SELF_OPERATORS = [
+    (attention._packed_attention, attention._packed_attention_backward),
+    (attention._packed_attention_hopper, attention._packed_attention_hopper_backward),
+]
+QUERY_OPERATORS = [
+    (attention._packed_query_attention, attention._packed_query_attention_backward),
+    (attention._packed_query_attention_hopper, attention._packed_query_attention_hopper_backward),
+]
+
+
+@pytest.mark.parametrize(("op", "backward"), SELF_OPERATORS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_operators(dtype: torch.dtype) -> None:
+def test_operators(op: Any, backward: Any, dtype: torch.dtype) -> None:
     """Schemas, fake tensors and autograd registration, as torch.compile will rely on them."""
     inputs = self_problem([4, 0, 3], 2, 8, dtype, extra=2)
     qkv, cu = inputs["qkv"].requires_grad_(), inputs["cu_seqlens"]
     torch.library.opcheck(attention.slot_owners, (cu, 9))
-    torch.library.opcheck(attention._packed_attention, (qkv, cu, None, None))
-    out, lse = attention._packed_attention(qkv.detach(), cu, None, None)
+    torch.library.opcheck(op, (qkv, cu, None, None))
+    out, lse = op(qkv.detach(), cu, None, None)
     arguments = (torch.randn_like(out), qkv.detach(), out, lse, cu, None, None)
-    torch.library.opcheck(attention._packed_attention_backward, arguments)
+    torch.library.opcheck(backward, arguments)
     fixed = self_problem([4, 4], 2, 8, dtype)
     qkv = fixed["qkv"].requires_grad_()
-    torch.library.opcheck(attention._packed_attention, (qkv, fixed["cu_seqlens"], None, 4))
+    torch.library.opcheck(op, (qkv, fixed["cu_seqlens"], None, 4))
 
 
-def test_query_operators() -> None:
+@pytest.mark.parametrize(("op", "backward"), QUERY_OPERATORS, ids=str)
+def test_query_operators(op: Any, backward: Any) -> None:
     inputs = query_problem([2, 1], [3, 4], 2, 8, torch.float32)
     q, kv, *cu = inputs.values()
     leaves = q.requires_grad_(), kv.requires_grad_()
     rest = (*cu, None, None, None, None)
-    torch.library.opcheck(attention._packed_query_attention, (*leaves, *rest))
-    out, lse = attention._packed_query_attention(q.detach(), kv.detach(), *rest)
+    torch.library.opcheck(op, (*leaves, *rest))
+    out, lse = op(q.detach(), kv.detach(), *rest)
     arguments = (torch.randn_like(out), q.detach(), kv.detach(), out, lse, *rest)
-    torch.library.opcheck(attention._packed_query_attention_backward, arguments)
+    torch.library.opcheck(backward, arguments)
 
 
+@pytest.mark.parametrize("impl", ["auto", "triton-hopper"])
 @pytest.mark.parametrize("fixed_length", [None, 5])
-def test_compiles_whole(fixed_length: int | None) -> None:
-    inputs = self_problem([5, 5], 2, 8, torch.float32)
+def test_compiles_whole(
+    fixed_length: int | None, impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those for Hopper too, whose operations have a meaning on a CPU as all do."""
+    monkeypatch.setattr(attention_backends, "why_unavailable", lambda name, device: None)
+    inputs = self_problem([5, 5], 2, 32, torch.float16)
     cu = inputs["cu_seqlens"]
 
     def block(x: Tensor) -> Tensor:
-        qkv = x.unflatten(1, (3, 2, 8))
-        y = packed_attention(qkv, cu, fixed_length).sin()
-        z = packed_query_attention(qkv[:, 0], qkv[:, 1:], cu, cu)
+        qkv = x.unflatten(1, (3, 2, 32))
+        y = packed_attention(qkv, cu, fixed_length, impl=impl).sin()
+        z = packed_query_attention(qkv[:, 0], qkv[:, 1:], cu, cu, impl=impl)
         return y + z
 
     x = inputs["qkv"].flatten(1).requires_grad_()
@@ -233,7 +250,10 @@ BAD_SELF: dict[str, tuple[dict[str, Any], str]] = {
     "offset device": ({"cu_seqlens": CU.to("meta")}, "offsets on the device of the tokens"),
     "length": ({"fixed_length": 4}, "2 sequences of fixed_length 4; got qkv"),
     "length zero": ({"fixed_length": 0}, "2 sequences of fixed_length 0"),
-    "back end": ({"impl": "fast"}, "impl = 'fast' is not valid: it must be auto, triton, sdpa,"),
+    "back end": (
+        {"impl": "fast"},
+        "impl = 'fast' is not valid: it must be auto, triton, triton-hopper, sdpa,",
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from avmae_kernels import attention_backends as backends
 from avmae_kernels.attention import packed_attention
 from avmae_kernels.attention_backends import BackendUnavailable
+from avmae_kernels.attention_hopper import why_misplaced
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 BF16 = torch.bfloat16
@@ -31,6 +33,7 @@ def test_sdpa_by_name(fixed_length: int | None) -> None:
     ("name", "reason"),
     [
         ("triton", "it wants tensors on a CUDA device, these are on cpu"),
+        ("triton-hopper", "it wants tensors on a CUDA device, these are on cpu"),
         ("sdpa-flash", "it wants tensors on a CUDA device, these are on cpu"),
         ("sdpa-cudnn", "it wants tensors on a CUDA device, these are on cpu"),
         ("torch-varlen", "it wants tensors on a CUDA device, these are on cpu"),
@@ -168,6 +171,70 @@ def test_auto_without_the_measured_library(
     assert "flash-attn" in record.message and "install flash-attn" in record.message
 
 
+@pytest.mark.usefixtures("hopper")
+def test_auto_takes_the_kernels_for_hopper_where_they_were_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _with_table(monkeypatch, tmp_path, CHOICE | {"impl": "triton-hopper"})
+    assert backends.choose(GPU, BF16, 64, 2064, True) == "triton-hopper"
+    assert backends.choose(GPU, BF16, 64, 306, True) == "triton"
+    assert backends.may_choose_hopper(GPU, 64) and not backends.may_choose_hopper(GPU, 32)
+    assert not backends.may_choose_hopper(CPU, 64)
+    assert "long sequences, head_dim 64, training: triton-hopper (measured on some GPU)" in "".join(
+        backends.describe(GPU, (64,))
+    )
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("setting", "obstacle"),
+    [
+        ("float32", "it wants bfloat16 or float16, not float32"),
+        ("head_dim", "it wants head_dim 32, 64, 128, not 80"),
+        ("rejected", "it failed its self-check here"),
+    ],
+)
+def test_auto_where_the_kernels_for_hopper_cannot_run(
+    setting: str,
+    obstacle: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    head_dim = 80 if setting == "head_dim" else 64
+    _with_table(monkeypatch, tmp_path, CHOICE | {"impl": "triton-hopper", "head_dim": head_dim})
+    monkeypatch.setattr(backends, "_REJECTED", set())
+    if setting == "rejected":
+        backends.reject("triton-hopper", GPU, BF16, 64)
+    backends._warn_once.cache_clear()
+    dtype = torch.float32 if setting == "float32" else BF16
+    assert backends.choose(GPU, dtype, head_dim, 2064, True) == "triton"
+    assert obstacle in caplog.text
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_kernels_for_hopper_elsewhere(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "HAVE_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    want = r"it wants compute capability 9.x \(Hopper\), this is {}.{}".format(*capability)
+    assert re.fullmatch(want, backends.why_unavailable("triton-hopper", GPU) or "")
+
+
+def test_auto_where_tensors_do_not_lie_right(caplog: pytest.LogCaptureFixture) -> None:
+    """The choice is made by kinds of heads; where they lie is seen at each call."""
+    whole = torch.zeros(8 * 3 * 2 * 32 + 1, dtype=torch.float16)
+    q, k, v = whole[1:].view(8, 3, 2, 32).unbind(1)
+    assert why_misplaced(q=k, k=k, v=v) == (
+        "it wants tensors that start on a multiple of 16 bytes, q starts 130 bytes into its storage"
+    )
+    assert why_misplaced(q=q[:, :, ::1], k=whole[:-1].view(8, 3, 2, 32)[:, 1], v=v) is not None
+    backends._warn_once.cache_clear()
+    assert backends._not_hopper("some reason") == "triton"
+    assert "triton-hopper cannot run: some reason" in caplog.text
+
+
 @pytest.mark.parametrize("wrong", [{"impl": "fast"}, {"length": "medium"}, {"direction": "back"}])
 def test_table_with_an_unknown_entry(
     wrong: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -200,7 +267,7 @@ def test_auto_where_our_kernels_cannot_run(
     if setting == "old GPU":
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     if setting == "rejected":
-        backends.reject(GPU, BF16, 64)
+        backends.reject("triton", GPU, BF16, 64)
         assert backends.choose(GPU, torch.float16, 64, 10, True) == "triton"
     backends._warn_once.cache_clear()
     assert backends.choose(GPU, BF16, head_dim, 10, True) == "sdpa"
@@ -216,5 +283,6 @@ def test_description_on_a_cpu() -> None:
 @pytest.mark.usefixtures("hopper")
 def test_description_on_a_gpu() -> None:
     text = "\n".join(backends.describe(GPU, (64,)))
+    assert "attention back end triton-hopper: ready" in text
     assert "auto, short sequences, head_dim 64, training: triton (" in text
     assert "proven on hardware: none yet" in text
