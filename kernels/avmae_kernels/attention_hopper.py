@@ -10,7 +10,8 @@ short is read by masked loads.
 Descriptors are made on the host and passed by value: no allocator, and a CUDA graph keeps them.
 dK and dV of fixed lengths have a kernel of their own here, in fewer registers than the one that
 loads by address: three blocks on a processor instead of two for head_dim 64, four instead of three
-for 32, and for 128 blocks of twice the queries. dQ gains nothing, nor does it have one.
+for 32, and for 128 blocks of twice the queries. The other gradients come from the kernels for all
+GPUs: no more blocks of dQ would fit, and where lengths vary every block would need a mask.
 
 Not warp-specialised: Triton 3.6 splits the rows of a tile between two warp groups, but not the box
 of a host's descriptor, so its `tl.range(..., warp_specialize=True)` copies twice the rows that a
@@ -222,15 +223,14 @@ def why_misplaced(**heads: Tensor) -> str | None:
     for name, x in heads.items():
         apart = x.stride(0) * x.itemsize
         if apart % ALIGNMENT:
-            return f"it wants tokens a multiple of {ALIGNMENT} bytes apart, those of {name} are {apart}"
+            where = f"those of {name} are {apart}"
+            return f"it wants tokens a multiple of {ALIGNMENT} bytes apart, {where}"
         if torch.compiler.is_compiling():
             continue
         offset = x.storage_offset() * x.itemsize
         if offset % ALIGNMENT:
-            return (
-                f"it wants tensors that start on a multiple of {ALIGNMENT} bytes, {name} starts "
-                f"{offset} bytes into its storage"
-            )
+            where = f"{name} starts {offset} bytes into its storage"
+            return f"it wants tensors that start on a multiple of {ALIGNMENT} bytes, {where}"
     return None
 
 
