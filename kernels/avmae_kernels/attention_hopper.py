@@ -13,9 +13,10 @@ loads by address: three blocks on a processor instead of two for head_dim 64, fo
 for 32, and for 128 blocks of twice the queries. The other gradients come from the kernels for all
 GPUs: no more blocks of dQ would fit, and where lengths vary every block would need a mask.
 
-Not warp-specialised: Triton 3.6 splits the rows of a tile between two warp groups, but not the box
-of a host's descriptor, so its `tl.range(..., warp_specialize=True)` copies twice the rows that a
-group has memory for, in code that compiles without a word.
+Not warp-specialised: what `tl.range(..., warp_specialize=True)` of Triton 3.6 makes of this kernel
+for sm_90 compiles without a word and is of no use. A tile of 128 rows is split between two groups
+of warps, but not the box of a host's descriptor: copies bring twice what a group has memory for.
+Of 64 rows both groups compute all.
 """
 
 from collections.abc import Sequence
