@@ -6,6 +6,7 @@ to the residual stream and normalises (`add_layer_norm`).
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -36,18 +37,29 @@ class Attention(nn.Module):
         self.proj = xavier_linear(width, width)
 
     def forward(
-        self, x: Tensor, layout: TokenLayout, tail: Tail | None, again: Again = None
+        self,
+        x: Tensor,
+        layout: TokenLayout,
+        tail: Tail | None,
+        again: Again = None,
+        with_bias: bool = True,
     ) -> Tensor:
         """The update of every token [T, D], or of the tail's tokens only [Q, D].
 
-        `again` computes `x` once more for the backward pass.
+        `again` computes `x` once more for the backward pass. `with_bias=False` leaves the bias of
+        the last product to the seam that adds the update.
         """
+        out = self._attend(x, layout, tail, again)
+        return F.linear(out, self.proj.weight, self.proj.bias if with_bias else None)
+
+    def _attend(
+        self, x: Tensor, layout: TokenLayout, tail: Tail | None, again: Again = None
+    ) -> Tensor:
         if tail is None:
             qkv = product(x, self.qkv, again).unflatten(-1, (3, self.heads, -1))
-            out = packed_attention(
+            return packed_attention(
                 qkv, layout.cu_seqlens, layout.fixed_length, owners=layout.owners
             )
-            return self.proj(out)
         width = x.shape[-1]
         w_q, w_kv = self.qkv.weight.split([width, 2 * width])
         b_q, b_kv = self.qkv.bias.split([width, 2 * width])
@@ -59,8 +71,7 @@ class Attention(nn.Module):
         # Of one kind both: fixed lengths, or slots found for both.
         owners = (None, None) if fixed else (tail.layout.owners, layout.owners)
         offsets = tail.layout.cu_seqlens, layout.cu_seqlens
-        out = packed_query_attention(q, kv, *offsets, fixed, owners=owners)
-        return self.proj(out)
+        return packed_query_attention(q, kv, *offsets, fixed, owners=owners)
 
 
 class Mlp(nn.Module):
@@ -72,13 +83,15 @@ class Mlp(nn.Module):
         self.fc1 = xavier_linear(width, hidden, bias_std=_MLP_BIAS_STD)
         self.fc2 = xavier_linear(hidden, width, bias_std=_MLP_BIAS_STD)
 
-    def forward(self, x: Tensor, again: Again = None) -> Tensor:
+    def forward(self, x: Tensor, again: Again = None, with_bias: bool = True) -> Tensor:
+        """The update; `again` and `with_bias` as in `Attention`."""
         z = product(x, self.fc1, again, with_bias=False)
         h = bias_gelu(z, self.fc1.bias, self.gelu)
-        if again is None:
-            return self.fc2(h)
-        kept, bias = z.detach(), self.fc1.bias.detach()
-        return product(h, self.fc2, lambda: bias_gelu(kept, bias, self.gelu))
+        h_again: Again = None
+        if again is not None:
+            kept, bias = z.detach(), self.fc1.bias.detach()
+            h_again = lambda: bias_gelu(kept, bias, self.gelu)  # noqa: E731
+        return product(h, self.fc2, h_again, with_bias)
 
 
 class Block(nn.Module):
@@ -98,17 +111,22 @@ class Block(nn.Module):
         layout: TokenLayout,
         tail: Tail | None,
         selective: bool = False,
+        update_bias: Tensor | None = None,
+        with_bias: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """The residual stream and the update to be added to it; for a tail, of its rows only.
 
-        `selective` keeps what `avmae_fast.models.memory` says.
+        `selective` keeps what `avmae_fast.models.memory` says. `update_bias` is still to be added
+        to the update that comes in, and with `with_bias=False` so is `mlp.fc2.bias` to the one
+        that goes out: a seam adds it, and sums its gradient, in a pass that it makes anyway.
         """
-        x, h = seam(x, update, self.norm1)
-        attended = self.attn(h, layout, tail, norm_again(x, self.norm1) if selective else None)
+        x, h = seam(x, update, self.norm1, update_bias)
+        again = norm_again(x, self.norm1) if selective else None
+        attended = self.attn(h, layout, tail, again, with_bias=False)
         if tail is not None:
             x = x[tail.rows]
-        x, h = seam(x, attended, self.norm2)
-        return x, self.mlp(h, norm_again(x, self.norm2) if selective else None)
+        x, h = seam(x, attended, self.norm2, self.attn.proj.bias)
+        return x, self.mlp(h, norm_again(x, self.norm2) if selective else None, with_bias)
 
 
 class Stack(nn.Module):
@@ -126,14 +144,16 @@ class Stack(nn.Module):
     def forward(self, x: Tensor, layout: TokenLayout, tail: Tail | None = None) -> Tensor:
         """[T, D] to [T, D], or to [Q, D] where only a tail of each sequence is asked for."""
         update: Tensor | None = None
+        bias: Tensor | None = None
         last = len(self.blocks) - 1
-        for i in range(len(self.blocks)):
+        for i, block in enumerate(self.blocks):
             # Keys and values of the last block need every token, its queries only the tail's.
-            x, update = self.run_block(i, x, update, layout, tail if i == last else None)
+            x, update = self._run(i, x, update, layout, tail if i == last else None, bias, False)
+            bias = cast(Block, block).mlp.fc2.bias
         if self.norm is None:
-            assert update is not None  # a stack has a block
-            return x + update
-        return seam(x, update, self.norm)[1]
+            assert update is not None and bias is not None  # a stack has a block
+            return x + (update + bias)
+        return seam(x, update, self.norm, bias)[1]
 
     def run_block(
         self,
@@ -144,13 +164,24 @@ class Stack(nn.Module):
         tail: Tail | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Block number `i` alone, as `Block.forward` says, under the stack's checkpoint policy."""
-        block = self.blocks[i]
+        return self._run(i, x, update, layout, tail, None, True)
+
+    def _run(
+        self,
+        i: int,
+        x: Tensor,
+        update: Tensor | None,
+        layout: TokenLayout,
+        tail: Tail | None,
+        update_bias: Tensor | None,
+        with_bias: bool,
+    ) -> tuple[Tensor, Tensor]:
+        selective = self.checkpoint == "selective"
+        args = (x, update, layout, tail, selective, update_bias, with_bias)
         if self.checkpoint == "full" and torch.is_grad_enabled():
             # No random numbers are drawn in a block; keeping their state would wait for the GPU.
-            return checkpoint(
-                block, x, update, layout, tail, use_reentrant=False, preserve_rng_state=False
-            )
-        return block(x, update, layout, tail, self.checkpoint == "selective")
+            return checkpoint(self.blocks[i], *args, use_reentrant=False, preserve_rng_state=False)
+        return self.blocks[i](*args)
 
 
 def set_checkpoint(model: nn.Module, policy: Checkpoint) -> None:
@@ -168,6 +199,8 @@ def norm_again(x: Tensor, norm: nn.LayerNorm) -> Again:
     return lambda: add_layer_norm(kept, None, weight, bias, norm.eps)[1]
 
 
-def seam(x: Tensor, update: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """The residual stream with the update added, and its LayerNorm."""
-    return add_layer_norm(x, update, norm.weight, norm.bias, norm.eps)
+def seam(
+    x: Tensor, update: Tensor | None, norm: nn.LayerNorm, update_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The residual stream with the update and its bias added, and its LayerNorm."""
+    return add_layer_norm(x, update, norm.weight, norm.bias, norm.eps, update_bias=update_bias)
