@@ -99,7 +99,7 @@ DAMAGES: tuple[Callable[[bytearray, np.random.Generator], None], ...] = (
 
 
 def damaged(originals: list[bytes], number: int) -> bytes:
-    """File `number`: always the same bytes."""
+    """File `number`: always the same original, damaged in the same way."""
     rng = np.random.default_rng([2718, number])
     data = bytearray(originals[number % len(originals)])
     DAMAGES[number // len(originals) % len(DAMAGES)](data, rng)
@@ -108,7 +108,8 @@ def damaged(originals: list[bytes], number: int) -> bytes:
 
 def write_original(path: Path, video_codec: str, sound_codec: str, gop: int) -> Path:
     """A short clip with moving pictures and a tone."""
-    with av.open(str(path), "w") as container:
+    # Without the flag Matroska files get a random number of their own.
+    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
         video: Any = container.add_stream(video_codec, rate=_FPS)
         video.width, video.height, video.pix_fmt = _WIDTH, _HEIGHT, "yuv420p"
         video.codec_context.gop_size = gop

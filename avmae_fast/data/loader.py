@@ -211,8 +211,13 @@ class ClipLoader:
                 pool.submit(task)
 
     def _collect(self, pool: Pool[LoadTask, Loaded]) -> None:
-        """Wait for a worker and note what it has done."""
-        for task, loaded in pool.wait():
+        """Wait for a worker and note what it has done; whatever it raises closes the loader."""
+        try:
+            replies = pool.wait()
+        except Exception:
+            self.close()
+            raise
+        for task, loaded in replies:
             filling = self._filling[task.slot]
             filling.left -= 1
             if loaded is not None and loaded.substituted:

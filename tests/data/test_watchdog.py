@@ -153,8 +153,11 @@ def test_whoever_waits_is_told_what_for(misbehaving, monkeypatch, caplog):
 
 
 def test_the_mistakes_of_a_worker_arrive(misbehaving):
+    loader = ClipLoader(_config(misbehaving, "raises"))
     with pytest.raises(KeyError, match="a mistake of ours") as raised:
-        take(_config(misbehaving, "raises"), 6)
+        list(islice(loader, 6))
+    with pytest.raises(ValueError, match="the loader is closed"):
+        iter(loader)
     assert "in _misbehave" in raised.value.__notes__[0]
 
 
