@@ -13,6 +13,7 @@ Fusion = Literal["early", "mid", "separate", "shared"]
 Decoding = Literal["joint", "shared", "separate"]
 Objective = Literal["reconstruction", "inpainting_released", "inpainting"]
 Positions = Literal["sincos1d", "sincos_grid", "learned"]
+DecoderPositions = Literal["fixed", "learned"]
 TargetNorm = Literal["none", "patch", "patch_channel", "patch_unbiased", "videomae"]
 MaskKind = Literal["random", "tube", "block", "time", "frequency", "time_frequency"]
 Modality = Literal["video", "audio"]
@@ -203,6 +204,10 @@ class ModelConfig:
         authors' code does it; `inpainting` with every mask token at its own position.
     positions: `sincos1d` over the flattened index (released), `sincos_grid` over (t, h, w) and
         (time, frequency), or `learned` in the encoder with `sincos1d` in the decoder.
+    decoder_positions: `fixed` as `positions` says, or `learned`.
+    prefix_tokens: learned tokens in front of each modality's own, such as one class token. No mask
+        hides them and nothing is predicted for them; features come out with them in front.
+    middle_norm: whether mid fusion normalises each modality before the joint layers (released).
     target_norm: `patch` and `patch_channel` standardise with the biased variance and 1e-6,
         `patch_unbiased` as MAE and `videomae`, by channel, as VideoMAE with the unbiased one;
         `patch_channel` and `videomae` leave the spectrogram raw.
@@ -217,8 +222,11 @@ class ModelConfig:
     decoding: Decoding = "shared"
     objective: Objective = "reconstruction"
     positions: Positions = "sincos1d"
+    decoder_positions: DecoderPositions = "fixed"
     modality_tokens: bool = False
+    prefix_tokens: int = 0
     encoder_norm: bool = True
+    middle_norm: bool = True
     projection_bias: bool = True
     gelu: Literal["tanh", "erf"] = "tanh"
     layer_norm_eps: float = 1e-6
@@ -231,6 +239,7 @@ class ModelConfig:
         _require_choice("model.decoding", self.decoding, Decoding)
         _require_choice("model.objective", self.objective, Objective)
         _require_choice("model.positions", self.positions, Positions)
+        _require_choice("model.decoder_positions", self.decoder_positions, DecoderPositions)
         _require_choice("model.target_norm", self.target_norm, TargetNorm)
         _require_choice("model.gelu", self.gelu, Literal["tanh", "erf"])
         _require_choice("model.loss_on", self.loss_on, Literal["masked", "all"])
@@ -243,6 +252,9 @@ class ModelConfig:
         if self.objective != "reconstruction":
             ok = len(self.modalities) == 2
             _require(ok, "model.objective", self.objective, "reconstruction with one modality")
+        _require(self.prefix_tokens >= 0, "model.prefix_tokens", self.prefix_tokens, "at least 0")
+        ok = self.prefix_tokens == 0 or self.objective == "reconstruction"
+        _require(ok, "model.objective", self.objective, "reconstruction with prefix_tokens")
 
     @property
     def modalities(self) -> tuple[Modality, ...]:

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from avmae_fast.config import Modality, ModelConfig
 from avmae_fast.models.blocks import Stack
 from avmae_fast.models.decoder import Question, question
-from avmae_fast.models.encoder import Encoder, patch_of, position_table, run_stack, zero_vectors
+from avmae_fast.models.encoder import (
+    Encoder,
+    learned_tables,
+    patch_of,
+    position_table,
+    run_stack,
+    zero_vectors,
+)
 from avmae_fast.models.init import xavier_linear, zero_linear
 from avmae_fast.models.layout import TokenMask
 from avmae_kernels.assemble import assemble_decoder
@@ -60,8 +67,10 @@ class AudiovisualMAE(Encoder):
         self.head = nn.ModuleDict(
             {m: zero_linear(width, config.input(m).patch_dim) for m in config.modalities}
         )
+        if config.decoder_positions == "learned":
+            self.decoder_pos_embed = learned_tables(config, width)
+            return
         for m in config.modalities:
-            # Learned positions are the encoder's alone, as in the authors' code.
             table = position_table(config, m, width)
             self.register_buffer(f"decoder_pos_{m}", table, persistent=False)
 
@@ -107,17 +116,20 @@ class AudiovisualMAE(Encoder):
     def decode(
         self, features: Mapping[Modality, Tensor], questions: Mapping[Modality, Question]
     ) -> dict[Modality, Tensor]:
-        """Predicted patches [B, S, P] of the scored tokens, from encoder features [B, V, D]."""
+        """Predicted patches [B, S, P] of the scored tokens, from encoder features [B, V, D].
+
+        In front of the V visible tokens are those of `prefix_tokens`.
+        """
         shown = {m: self.decoder_embed[m](x) for m, x in features.items()}
         tables = {m: self._decoder_table(m) for m in features}
         sequences = {}
         for m, asked in questions.items():
             sequences[m] = assemble_decoder(
                 shown[asked.source],
-                asked.token_index,
+                self._rows(asked.token_index, with_prefix=True),
                 tables[asked.token_table],
                 self.mask_token[m],
-                asked.mask_index,
+                self._rows(asked.mask_index),
                 tables[m],
             )
         tails = {m: asked.scored.shape[1] for m, asked in questions.items()}
@@ -130,8 +142,20 @@ class AudiovisualMAE(Encoder):
             decoded = run_stack(self.decoder["both"], sequences, joint, tails)
         return {m: self.head[m](x) for m, x in decoded.items()}
 
+    def _rows(self, index: Tensor, with_prefix: bool = False) -> Tensor:
+        """Where a decoder table has the tokens `index` [B, V], and the prefix tokens before them."""
+        count = self.config.prefix_tokens
+        if not count:
+            return index
+        if not with_prefix:
+            return index + count
+        prefix = torch.arange(count, device=index.device).expand(index.shape[0], -1)
+        return torch.cat([prefix, index + count], dim=1)
+
     def _decoder_table(self, m: Modality) -> Tensor:
-        table = self.get_buffer(f"decoder_pos_{m}")
+        """What the decoder adds to each row, [prefix_tokens + N, width]."""
+        learned = self.config.decoder_positions == "learned"
+        table = self.decoder_pos_embed[m] if learned else self.get_buffer(f"decoder_pos_{m}")
         if self.config.modality_tokens:
             return table + self.decoder_modality_token[m]
         return table

@@ -132,14 +132,15 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """`layers` blocks and, unless it is switched off, the LayerNorm that closes every stack."""
 
-    def __init__(self, stack: StackConfig, config: Backbone, layers: int | None = None) -> None:
+    def __init__(
+        self, stack: StackConfig, config: Backbone, layers: int | None = None, norm: bool = True
+    ) -> None:
         super().__init__()
         count = stack.layers if layers is None else layers
         self.blocks = nn.ModuleList(Block(stack, config) for _ in range(count))
         self.checkpoint: Checkpoint = "selective"
-        self.norm = (
-            nn.LayerNorm(stack.width, config.layer_norm_eps) if config.encoder_norm else None
-        )
+        closed = config.encoder_norm and norm
+        self.norm = nn.LayerNorm(stack.width, config.layer_norm_eps) if closed else None
 
     def forward(self, x: Tensor, layout: TokenLayout, tail: Tail | None = None) -> Tensor:
         """[T, D] to [T, D], or to [Q, D] where only a tail of each sequence is asked for."""

@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from avmae_fast.config import MODALITIES, AudioConfig, Backbone, Modality, ModelConfig, VideoConfig
 from avmae_fast.models.blocks import Stack
@@ -34,16 +35,18 @@ class Encoder(nn.Module):
         )
         self.encoder = nn.ModuleDict(
             {
-                name: Stack(config.encoder, config, layers)
-                for name, layers in _stacks(config).items()
+                name: Stack(config.encoder, config, layers, norm)
+                for name, (layers, norm) in _stacks(config).items()
             }
         )
         if config.modality_tokens:
             self.modality_token = zero_vectors(config, width)
-        if config.positions == "learned":
-            self.pos_embed = nn.ParameterDict(
-                {m: learned_positions(config.input(m).tokens, width) for m in config.modalities}
+        if config.prefix_tokens:
+            self.prefix_token = nn.ParameterDict(
+                {m: learned_positions(config.prefix_tokens, width) for m in config.modalities}
             )
+        if config.positions == "learned":
+            self.pos_embed = learned_tables(config, width)
         else:
             for m in config.modalities:
                 table = position_table(config, m, width)
@@ -56,6 +59,8 @@ class Encoder(nn.Module):
         masks: Mapping[Modality, TokenMask] | None = None,
     ) -> dict[Modality, Tensor]:
         """Return the features of the visible tokens, [B, V, D] for each modality.
+
+        Those of `prefix_tokens` come first: [B, prefix_tokens + V, D].
 
         Args:
             video: [B, T, H, W, 3], uint8, or floating in [-1, 1]. Left out for an audio model.
@@ -92,7 +97,12 @@ class Encoder(nn.Module):
             pos = pos + self.modality_token[m]
         linear = cast(nn.Linear, self.patch_embed[m])
         patch = patch_of(self.config, m)
-        return patch_embed_visible(source, mask.visible, linear.weight, linear.bias, pos, patch)
+        ahead, places = pos.split([self.config.prefix_tokens, self.config.input(m).tokens])
+        x = patch_embed_visible(source, mask.visible, linear.weight, linear.bias, places, patch)
+        if not self.config.prefix_tokens:
+            return x
+        prefix = (self.prefix_token[m] + ahead).to(x.dtype).expand(x.shape[0], -1, -1)
+        return torch.cat([prefix, x], dim=1)
 
     def _fuse(self, tokens: dict[Modality, Tensor]) -> dict[Modality, Tensor]:
         fusion = self.config.fusion
@@ -151,11 +161,20 @@ def zero_vectors(config: ModelConfig, width: int) -> nn.ParameterDict:
     return nn.ParameterDict({m: nn.Parameter(torch.zeros(width)) for m in config.modalities})
 
 
+def learned_tables(config: ModelConfig, width: int) -> nn.ParameterDict:
+    """A position of each prefix token and each token of a modality, to be learned."""
+    rows = {m: config.prefix_tokens + config.input(m).tokens for m in config.modalities}
+    return nn.ParameterDict({m: learned_positions(n, width) for m, n in rows.items()})
+
+
 def position_table(config: ModelConfig, m: Modality, width: int) -> Tensor:
-    """Sin-cos positions of every token of a modality, [N, width] fp32."""
-    if config.positions == "sincos_grid":
-        return torch.tensor(sincos_grid(config.input(m).grid, width))
-    return torch.tensor(sincos1d(config.input(m).tokens, width))
+    """Sin-cos positions of every token of a modality, [prefix_tokens + N, width] fp32.
+
+    Prefix tokens have no place: their rows are zero.
+    """
+    on_grid, spec = config.positions == "sincos_grid", config.input(m)
+    table = sincos_grid(spec.grid, width) if on_grid else sincos1d(spec.tokens, width)
+    return F.pad(torch.tensor(table), (0, 0, config.prefix_tokens, 0))
 
 
 def input_shape(config: VideoConfig | AudioConfig) -> tuple[int, ...]:
@@ -171,12 +190,12 @@ def patch_of(config: Backbone, m: Modality) -> tuple[int, ...]:
     return spec.tubelet if isinstance(spec, VideoConfig) else spec.patch
 
 
-def _stacks(config: ModelConfig) -> dict[str, int]:
-    """Name and depth of each stack the encoder needs."""
+def _stacks(config: ModelConfig) -> dict[str, tuple[int, bool]]:
+    """Name and depth of each stack the encoder needs, and whether a LayerNorm may close it."""
     layers = config.encoder.layers
     if config.fusion in ("early", "shared"):
-        return {"both": layers}
+        return {"both": (layers, True)}
     if config.fusion == "separate":
-        return dict.fromkeys(config.modalities, layers)
-    own = layers - config.fusion_layers
-    return {**dict.fromkeys(config.modalities, own), "both": config.fusion_layers}
+        return dict.fromkeys(config.modalities, (layers, True))
+    own = (layers - config.fusion_layers, config.middle_norm)
+    return {**dict.fromkeys(config.modalities, own), "both": (config.fusion_layers, True)}

@@ -56,12 +56,13 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """`layers` blocks and a closing LayerNorm, which `encoder_norm=False` leaves out."""
 
-    def __init__(self, stack: StackConfig, config: Backbone, layers: int) -> None:
+    def __init__(
+        self, stack: StackConfig, config: Backbone, layers: int, norm: bool = True
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(stack, config) for _ in range(layers))
-        self.norm = (
-            nn.LayerNorm(stack.width, config.layer_norm_eps) if config.encoder_norm else None
-        )
+        closed = config.encoder_norm and norm
+        self.norm = nn.LayerNorm(stack.width, config.layer_norm_eps) if closed else None
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:

@@ -61,8 +61,8 @@ class ReferenceMAE(nn.Module):
         self.patch_embed = nn.ModuleDict({m: nn.Linear(patch_dims[m], width) for m in both})
         self.encoder = nn.ModuleDict(
             {
-                name: Stack(config.encoder, config, layers)
-                for name, layers in encoder_stacks(config).items()
+                name: Stack(config.encoder, config, layers, norm)
+                for name, (layers, norm) in encoder_stacks(config).items()
             }
         )
         self.decoder_embed = nn.ModuleDict(
@@ -76,6 +76,9 @@ class ReferenceMAE(nn.Module):
             self.decoder_modality_token = nn.ParameterDict(
                 {m: nn.Parameter(torch.empty(narrow)) for m in both}
             )
+        if config.prefix_tokens:
+            shape = config.prefix_tokens, width
+            self.prefix_token = nn.ParameterDict({m: nn.Parameter(torch.empty(shape)) for m in both})
         names = both if config.decoding == "separate" else ("both",)
         layers = config.decoder.layers
         self.decoder = nn.ModuleDict({n: Stack(config.decoder, config, layers) for n in names})
@@ -85,17 +88,23 @@ class ReferenceMAE(nn.Module):
             init_parameter(name, parameter)
 
     def _make_positions(self) -> None:
-        """Encoder tables [N, D], fixed or learned, and decoder tables [N, E], always fixed."""
+        """Tables of encoder [P + N, D] and decoder [P + N, E], for P prefix tokens first."""
         config = self.config
         if config.positions == "learned":
             self.pos_embed = nn.ParameterDict()
+        if config.decoder_positions == "learned":
+            self.decoder_pos_embed = nn.ParameterDict()
         for m in config.modalities:
+            rows = config.prefix_tokens + config.input(m).tokens
             width, narrow = config.encoder.width, config.decoder.width
             if config.positions == "learned":
-                self.pos_embed[m] = nn.Parameter(torch.empty(config.input(m).tokens, width))
+                self.pos_embed[m] = nn.Parameter(torch.empty(rows, width))
             else:
                 self.register_buffer(f"pos_{m}", fixed_positions(config, m, width), False)
-            self.register_buffer(f"decoder_pos_{m}", fixed_positions(config, m, narrow), False)
+            if config.decoder_positions == "learned":
+                self.decoder_pos_embed[m] = nn.Parameter(torch.empty(rows, narrow))
+            else:
+                self.register_buffer(f"decoder_pos_{m}", fixed_positions(config, m, narrow), False)
 
     def forward(
         self,
@@ -127,7 +136,8 @@ class ReferenceMAE(nn.Module):
         if masks.keys() != inputs.keys():
             raise ValueError(f"masks must be given for {sorted(inputs)}, got {sorted(masks)}")
         tokens = {m: self._tokens(m, x) for m, x in inputs.items()}
-        encoded = self._fuse({m: take_tokens(x, masks[m].visible) for m, x in tokens.items()})
+        visible = {m: take_tokens(x, masks[m].visible) for m, x in tokens.items()}
+        encoded = self._fuse({m: self._with_prefix(m, x) for m, x in visible.items()})
         projected = {m: self.decoder_embed[m](x) for m, x in encoded.items()}
         questions = {m: self._question(m, projected, masks) for m in inputs}
         if shuffle is not None:
@@ -165,11 +175,14 @@ class ReferenceMAE(nn.Module):
         audio: Tensor | None = None,
         masks: Mapping[Modality, MaskLike] | None = None,
     ) -> Parts:
-        """Features of the visible tokens [B, V, D], or of all tokens [B, N, D] without masks."""
+        """Features of the visible tokens [B, V, D], or of all tokens [B, N, D] without masks.
+
+        Those of the prefix tokens come first.
+        """
         tokens = {m: self._tokens(m, x) for m, x in self._inputs(video, audio).items()}
         if masks is not None:
             tokens = {m: take_tokens(x, masks[m].visible) for m, x in tokens.items()}
-        return self._fuse(tokens)
+        return self._fuse({m: self._with_prefix(m, x) for m, x in tokens.items()})
 
     def _inputs(self, video: Tensor | None, audio: Tensor | None) -> Parts:
         """The inputs in the dtype of the weights, pixels in [-1, 1]."""
@@ -194,10 +207,22 @@ class ReferenceMAE(nn.Module):
 
     def _tokens(self, m: Modality, x: Tensor) -> Tensor:
         """All tokens of a modality with their positions, [B, N, D]."""
+        pos = self._encoder_table(m)[self.config.prefix_tokens :]
+        return self.patch_embed[m](patchify(x, self._patch(m))) + pos
+
+    def _with_prefix(self, m: Modality, tokens: Tensor) -> Tensor:
+        """The prefix tokens of a modality in front of its own."""
+        count = self.config.prefix_tokens
+        if not count:
+            return tokens
+        prefix = self.prefix_token[m] + self._encoder_table(m)[:count]
+        return torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+
+    def _encoder_table(self, m: Modality) -> Tensor:
+        """What the encoder adds to a token of `m` at each position, [P + N, D]."""
         learned = self.config.positions == "learned"
-        pos = self.pos_embed[m] if learned else self.get_buffer(f"pos_{m}")
-        tokens = self.patch_embed[m](patchify(x, self._patch(m))) + pos
-        return tokens + self.modality_token[m] if self.config.modality_tokens else tokens
+        table = self.pos_embed[m] if learned else self.get_buffer(f"pos_{m}")
+        return table + self.modality_token[m] if self.config.modality_tokens else table
 
     def _fuse(self, tokens: Parts) -> Parts:
         """The encoder: four ways for the modalities to meet."""
@@ -217,9 +242,10 @@ class ReferenceMAE(nn.Module):
         asked = torch.ones_like(mask_token[..., 0], dtype=self.mask_token[m].dtype)
         table = self._decoder_table(m)
         if self.config.objective == "reconstruction":
-            visible = masks[m].visible
-            sequence = place_tokens(mask_token, visible, projected[m]) + table
-            return sequence, asked.scatter(1, visible, 0.0)
+            visible, count = masks[m].visible, self.config.prefix_tokens
+            prefix, shown = projected[m][:, :count], projected[m][:, count:]
+            sequence = torch.cat([prefix, place_tokens(mask_token, visible, shown)], dim=1)
+            return sequence + table, asked.scatter(1, visible, 0.0)
         other: Modality = "audio" if m == "video" else "video"
         shown = projected[other]
         if self.config.objective == "inpainting":
@@ -249,8 +275,9 @@ class ReferenceMAE(nn.Module):
         return weight if valid is None else weight * valid[:, None].to(weight)
 
     def _decoder_table(self, m: Modality) -> Tensor:
-        """What the decoder adds to a token of `m` at each position, [N, E]."""
-        table = self.get_buffer(f"decoder_pos_{m}")
+        """What the decoder adds to a token of `m` at each position, [P + N, E]."""
+        learned = self.config.decoder_positions == "learned"
+        table = self.decoder_pos_embed[m] if learned else self.get_buffer(f"decoder_pos_{m}")
         return table + self.decoder_modality_token[m] if self.config.modality_tokens else table
 
     def _decode(self, sequences: Parts) -> Parts:
@@ -261,15 +288,18 @@ class ReferenceMAE(nn.Module):
         return {m: self.decoder[m if separate else "both"](x) for m, x in sequences.items()}
 
 
-def encoder_stacks(config: ModelConfig) -> dict[str, int]:
-    """Name and depth of each stack of the encoder; mid fusion keeps both kinds for one modality."""
+def encoder_stacks(config: ModelConfig) -> dict[str, tuple[int, bool]]:
+    """Name and depth of each stack of the encoder, and whether a LayerNorm closes it.
+
+    Mid fusion keeps both kinds of stack for one modality.
+    """
     layers = config.encoder.layers
     if config.fusion in ("early", "shared"):
-        return {"both": layers}
+        return {"both": (layers, True)}
     if config.fusion == "separate":
-        return dict.fromkeys(config.modalities, layers)
-    own = layers - config.fusion_layers
-    return {**dict.fromkeys(config.modalities, own), "both": config.fusion_layers}
+        return dict.fromkeys(config.modalities, (layers, True))
+    own = (layers - config.fusion_layers, config.middle_norm)
+    return {**dict.fromkeys(config.modalities, own), "both": (config.fusion_layers, True)}
 
 
 def _input_shape(spec: VideoConfig | AudioConfig) -> tuple[int, ...]:
@@ -279,11 +309,11 @@ def _input_shape(spec: VideoConfig | AudioConfig) -> tuple[int, ...]:
 
 
 def fixed_positions(config: ModelConfig, m: Modality, width: int) -> Tensor:
-    """Sines and cosines of every token of a modality, [N, width] float32."""
+    """Sines and cosines of every token of a modality, [P + N, width]; zeros for prefix tokens."""
     spec = config.input(m)
     on_grid = config.positions == "sincos_grid"
     table = sincos_grid(spec.grid, width) if on_grid else sincos1d(spec.tokens, width)
-    return torch.from_numpy(table)
+    return torch.cat([torch.zeros(config.prefix_tokens, width), torch.from_numpy(table)])
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:

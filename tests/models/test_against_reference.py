@@ -71,6 +71,13 @@ def test_loss_on_all_tokens(objective: str, decoding: str) -> None:
         {"modality_tokens": True},
         {"positions": "learned"},
         {"positions": "sincos_grid"},
+        {"decoder_positions": "learned"},
+        {"middle_norm": False},
+        {"prefix_tokens": 2},
+        {"prefix_tokens": 1, "positions": "learned", "decoder_positions": "learned"},
+        {"prefix_tokens": 1, "modality_tokens": True, "fusion": "early", "decoding": "joint"},
+        {"prefix_tokens": 1, "audio": None, "fusion": "separate", "decoding": "separate"},
+        {"prefix_tokens": 1, "loss_on": "all"},
         {"encoder_norm": False, "projection_bias": False},
         {"gelu": "erf", "layer_norm_eps": 1e-5},
         {"target_norm": "patch"},
@@ -108,9 +115,10 @@ def test_order_of_visible_tokens_does_not_matter() -> None:
     torch.testing.assert_close(loss, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_features_of_all_tokens(fusion: str) -> None:
-    config = tiny_config(fusion=fusion)
+def test_features_of_all_tokens(fusion: str, prefix: int) -> None:
+    config = tiny_config(fusion=fusion, prefix_tokens=prefix)
     engine, reference = _pair(config)
     batch = tiny_batch(config)
     inputs = {"video": batch["video"], "audio": batch["audio"]}
