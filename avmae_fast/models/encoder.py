@@ -15,11 +15,12 @@ from avmae_fast.config import MODALITIES, AudioConfig, Backbone, Modality, Model
 from avmae_fast.models.blocks import Stack
 from avmae_fast.models.init import learned_positions, lecun_normal_linear
 from avmae_fast.models.layout import TokenMask, pack, unpack
+from avmae_fast.models.pretrained import Pretrained
 from avmae_fast.positions import sincos1d, sincos_grid
 from avmae_kernels.patch_embed import patch_embed_visible
 
 
-class Encoder(nn.Module):
+class Encoder(Pretrained):
     """Visible tokens of one or two modalities in, one feature vector a token out.
 
     Args:

@@ -5,7 +5,7 @@ checkpoints/           see avmae_fast.train.checkpoint
 metrics.jsonl, validation.jsonl, events.jsonl, bad_samples.jsonl, tensorboard/
 failed/                weights and samples of a step that stopped a run, see avmae_fast.train.replay
 run.lock               see avmae_fast.train.lock
-encoder.safetensors, encoder.json, report/       written at the end
+encoder/, report/      written at the end
 """
 
 import errno
@@ -35,6 +35,7 @@ from avmae_fast.train.checkpoint import (
     set_aside,
     steps_saved,
 )
+from avmae_fast.train.export import ENCODER
 from avmae_fast.train.lines import cut_lines, read_lines
 from avmae_fast.train.lock import LOCK, RunLock
 
@@ -61,8 +62,7 @@ _CONTENTS = (
     VALIDATION,
     EVENTS,
     FAILED,
-    "encoder.safetensors",
-    "encoder.json",
+    ENCODER,
     RUN,
 )
 

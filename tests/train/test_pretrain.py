@@ -135,7 +135,7 @@ def test_metrics_and_encoder_of_a_run(make_config: MakeConfig) -> None:
     assert line["lr"] == pytest.approx(0.1 * 4 / 256 * (1 + math.cos(0.9 * math.pi)) / 2)
 
     encoder = load_encoder(config.train.out)
-    record = json.loads((config.train.out / "encoder.json").read_text())
+    record = json.loads((config.train.out / "encoder/config.json").read_text())
     assert encoder.config == config.model
     assert record["step"] == 10 and record["data"] == {"fps": 10.0, "stride": 2}
     weights = load_file(config.train.out / "checkpoints/step-00000010/model.safetensors")
