@@ -143,7 +143,7 @@ class AudiovisualMAE(Encoder):
         return {m: self.head[m](x) for m, x in decoded.items()}
 
     def _rows(self, index: Tensor, with_prefix: bool = False) -> Tensor:
-        """Where a decoder table has the tokens `index` [B, V], and the prefix tokens before them."""
+        """Where a decoder table has tokens `index` [B, V], and the prefix tokens before them."""
         count = self.config.prefix_tokens
         if not count:
             return index

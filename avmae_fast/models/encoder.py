@@ -138,7 +138,9 @@ def check_inputs(
             want = ["B", *shape]
             raise ValueError(f"{m} has shape {list(tensor.shape)}, this model wants {want}")
         inputs[m] = tensor
-    if len({tensor.shape[0] for tensor in inputs.values()}) > 1:
+    # Compared one by one: the sizes that torch.export traces with cannot go into a set.
+    first, *others = (tensor.shape[0] for tensor in inputs.values())
+    if any(size != first for size in others):
         sizes = {m: tensor.shape[0] for m, tensor in inputs.items()}
         raise ValueError(f"video and audio differ in their number of clips: {sizes}")
     return inputs

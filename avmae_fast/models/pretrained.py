@@ -69,7 +69,9 @@ class Pretrained(nn.Module):
         try:
             model.load_state_dict({name: weights[name] for name in names})
         except RuntimeError as error:
-            raise PretrainedError(f"the weights in {folder} do not fit {CONFIG}: {error}") from error
+            raise PretrainedError(
+                f"the weights in {folder} do not fit {CONFIG}: {error}"
+            ) from error
         return model.eval()
 
 

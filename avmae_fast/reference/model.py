@@ -78,7 +78,9 @@ class ReferenceMAE(nn.Module):
             )
         if config.prefix_tokens:
             shape = config.prefix_tokens, width
-            self.prefix_token = nn.ParameterDict({m: nn.Parameter(torch.empty(shape)) for m in both})
+            self.prefix_token = nn.ParameterDict(
+                {m: nn.Parameter(torch.empty(shape)) for m in both}
+            )
         names = both if config.decoding == "separate" else ("both",)
         layers = config.decoder.layers
         self.decoder = nn.ModuleDict({n: Stack(config.decoder, config, layers) for n in names})

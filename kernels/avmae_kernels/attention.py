@@ -60,7 +60,7 @@ slot_owners = define(
     "slot_owners(Tensor cu_seqlens, SymInt tokens) -> Tensor",
     meaning=slot_owners_reference,
     kernels=owners_by_kernel,
-    fake=lambda cu, tokens: cu.new_empty(slot_count(tokens, len(cu) - 1, None)),
+    fake=lambda cu, tokens: cu.new_empty(slot_count(tokens, cu.shape[0] - 1, None)),
 )
 
 
@@ -117,7 +117,7 @@ _FOR_HOPPER = _Kernels(_hopper_forward, _hopper_backward)
 def _fake_output(q: Tensor, cu_q: Tensor, length: int | None) -> tuple[Tensor, Tensor]:
     Q, H, d = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
-    lse = q.new_empty(H, slot_count(Q, len(cu_q) - 1, length) * SLOT, dtype=dtype)
+    lse = q.new_empty(H, slot_count(Q, cu_q.shape[0] - 1, length) * SLOT, dtype=dtype)
     return q.new_empty(Q, H * d), lse
 
 
@@ -313,7 +313,7 @@ def packed_attention(
     _check_heads("packed_attention", qkv=qkv)
     _check_offsets("packed_attention", qkv, cu_seqlens)
     if fixed_length is not None:
-        sequences = len(cu_seqlens) - 1
+        sequences = cu_seqlens.shape[0] - 1
         if fixed_length < 1 or qkv.shape[0] != fixed_length * sequences:
             want = f"{sequences} sequences of fixed_length {fixed_length}"
             raise wanted("packed_attention", want, qkv=qkv, cu_seqlens=cu_seqlens)
@@ -365,9 +365,9 @@ def packed_query_attention(
     if cu_q.shape != cu_kv.shape:
         raise wanted("packed_query_attention", "as many sequences in q", cu_q=cu_q, cu_kv=cu_kv)
     if fixed_lengths is not None:
-        sequences = len(cu_q) - 1
+        sequences = cu_q.shape[0] - 1
         rows = tuple(n * sequences for n in fixed_lengths)
-        if min(fixed_lengths) < 1 or rows != (len(q), len(kv)):
+        if min(fixed_lengths) < 1 or rows != (q.shape[0], kv.shape[0]):
             want = f"{sequences} sequences of fixed_lengths {fixed_lengths}"
             raise wanted("packed_query_attention", want, q=q, kv=kv)
     k, v = kv.unbind(1)
@@ -399,7 +399,7 @@ def _check_heads(op: str, **got: Tensor) -> None:
 
 
 def _check_offsets(op: str, x: Tensor, offsets: Tensor) -> None:
-    if offsets.ndim != 1 or len(offsets) < 1 or offsets.dtype != torch.int32:
+    if offsets.ndim != 1 or offsets.shape[0] < 1 or offsets.dtype != torch.int32:
         raise wanted(op, "offsets int32 [S + 1]", offsets=offsets)
     if offsets.device != x.device:
         raise wanted(op, "offsets on the device of the tokens", tokens=x, offsets=offsets)

@@ -79,8 +79,8 @@ def _window(
 ) -> tuple[int, int]:
     """Height and width of what is seen of each clip, once crop, size and flip are checked."""
     for name, tensor, dtype, shape in (
-        ("crop", crop, torch.int32, (len(clips), 2)),
-        ("flip", flip, torch.bool, (len(clips),)),
+        ("crop", crop, torch.int32, (clips.shape[0], 2)),
+        ("flip", flip, torch.bool, (clips.shape[0],)),
     ):
         if tensor is None:
             continue
