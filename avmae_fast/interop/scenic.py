@@ -7,7 +7,6 @@ kernels as [t, h, w, c, out] or [time, frequency, 1, out]; H heads, d head_dim.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,33 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from avmae_fast.config import AudioConfig, Modality, ModelConfig, StackConfig, VideoConfig
+from avmae_fast.interop.entries import ConvertError, Entry, to_ours, to_theirs
 
 SCENIC_MODALITY: dict[Modality, str] = {"video": "rgb", "audio": "spectrogram"}
 
 Array = NDArray[np.generic]
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One of our parameters and where Scenic keeps it.
-
-    name: our state-dict name.
-    leaves: Flax path of each part; query, key and value are stacked into one parameter.
-    flax_shape: shape of a leaf.
-    part_shape: our shape of a part, before stacking.
-    transpose: whether the leaf, as a matrix, has its inputs first.
-    """
-
-    name: str
-    leaves: tuple[str, ...]
-    flax_shape: tuple[int, ...]
-    part_shape: tuple[int, ...]
-    transpose: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of our parameter."""
-        return len(self.leaves) * self.part_shape[0], *self.part_shape[1:]
+# Fields in which our models go beyond the authors'.
+_RELEASED = {"decoder_positions": "fixed", "prefix_tokens": 0, "middle_norm": True}
 
 
 def from_scenic(params: Mapping[str, Array], config: ModelConfig) -> dict[str, Tensor]:
@@ -52,44 +32,32 @@ def from_scenic(params: Mapping[str, Array], config: ModelConfig) -> dict[str, T
         config: the model the parameters belong to.
 
     Raises:
-        ValueError: leaves are missing, superfluous or of another shape; the text names them.
+        ConvertError: leaves are missing, superfluous or of another shape; the text names them.
     """
     return read_leaves(params, entries_of(config))
 
 
 def read_leaves(params: Mapping[str, Array], entries: Sequence[Entry]) -> dict[str, Tensor]:
     """`from_scenic` by any table."""
-    _check(params, {leaf: e.flax_shape for e in entries for leaf in e.leaves}, "Scenic leaves")
-    state = {}
-    for entry in entries:
-        parts = [np.asarray(params[leaf]) for leaf in entry.leaves]
-        if entry.transpose:
-            parts = [part.reshape(entry.part_shape[::-1]).T for part in parts]
-        else:
-            parts = [part.reshape(entry.part_shape) for part in parts]
-        state[entry.name] = torch.from_numpy(np.concatenate(parts))
-    return state
+    tensors = {
+        name: leaf if isinstance(leaf, Tensor) else torch.from_numpy(np.array(leaf))
+        for name, leaf in params.items()
+    }
+    return to_ours(entries, tensors, "Scenic leaves")
 
 
 def to_scenic(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Array]:
     """Flax leaves by path, from our state dict (or from gradients under the same names).
 
     Raises:
-        ValueError: names are missing, superfluous or of another shape; the text names them.
+        ConvertError: names are missing, superfluous or of another shape; the text names them.
     """
     return write_leaves(state, entries_of(config))
 
 
 def write_leaves(state: Mapping[str, Tensor], entries: Sequence[Entry]) -> dict[str, Array]:
     """`to_scenic` by any table."""
-    _check(state, {entry.name: entry.shape for entry in entries}, "parameters")
-    leaves = {}
-    for entry in entries:
-        stacked = state[entry.name].detach().cpu().numpy()
-        for leaf, part in zip(entry.leaves, np.split(stacked, len(entry.leaves)), strict=True):
-            part = part.T if entry.transpose else part
-            leaves[leaf] = np.ascontiguousarray(part).reshape(entry.flax_shape)
-    return leaves
+    return {name: x.numpy() for name, x in to_theirs(entries, state).items()}
 
 
 def stack_names(config: ModelConfig) -> dict[str, tuple[str, int]]:
@@ -113,7 +81,15 @@ def stack_names(config: ModelConfig) -> dict[str, tuple[str, int]]:
 
 
 def entries_of(config: ModelConfig) -> list[Entry]:
-    """The whole table: one entry for each parameter of a model."""
+    """The whole table: one entry for each parameter of a model.
+
+    Raises:
+        ConvertError: the model has a part that Scenic's has not.
+    """
+    for name, released in _RELEASED.items():
+        if getattr(config, name) != released:
+            value = getattr(config, name)
+            raise ConvertError(f"Scenic's model has no {name} = {value!r}: it must be {released!r}")
     entries = [entry for m in config.modalities for entry in _modality_entries(config, m)]
     for prefix, (scenic, layers) in stack_names(config).items():
         stack = config.encoder if prefix.startswith("encoder") else config.decoder
@@ -160,7 +136,7 @@ def embedding_entries(
         (f"{scenic}/kernel",),
         (*patch, width),
         (width, spec.patch_dim),
-        transpose=True,
+        axes=(len(patch), *range(len(patch))),
     )
     return [kernel, Entry(f"{name}.bias", (f"{scenic}/bias",), (width,), (width,))]
 
@@ -177,7 +153,7 @@ def block_entries(name: str, scenic: str, stack: StackConfig) -> list[Entry]:
             tuple(f"{part}/kernel" for part in qkv),
             (width, *heads),
             (width, width),
-            transpose=True,
+            axes=(1, 2, 0),
         ),
         Entry(f"{name}.attn.qkv.bias", tuple(f"{part}/bias" for part in qkv), heads, (width,)),
         Entry(
@@ -185,7 +161,7 @@ def block_entries(name: str, scenic: str, stack: StackConfig) -> list[Entry]:
             (f"{attention}/out/kernel",),
             (*heads, width),
             (width, width),
-            transpose=True,
+            axes=(2, 0, 1),
         ),
         Entry(f"{name}.attn.proj.bias", (f"{attention}/out/bias",), (width,), (width,)),
         *norm_entries(f"{name}.norm2", f"{scenic}/LayerNorm_1", width),
@@ -211,7 +187,7 @@ def dense_entries(
         (f"{scenic}/kernel",),
         (inputs, outputs),
         (outputs, inputs),
-        transpose=True,
+        axes=(1, 0),
     )
     if not bias:
         return [kernel]
@@ -221,21 +197,3 @@ def dense_entries(
 def token_entry(name: str, scenic: str, width: int) -> Entry:
     """A single learned vector."""
     return Entry(name, (scenic,), (1, 1, width), (width,))
-
-
-def _check(
-    given: Mapping[str, Array] | Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    what: str,
-) -> None:
-    problems = []
-    if missing := sorted(shapes.keys() - given.keys()):
-        problems.append(f"missing {missing}")
-    if unknown := sorted(given.keys() - shapes.keys()):
-        problems.append(f"unknown {unknown}")
-    for name in sorted(shapes.keys() & given.keys()):
-        if tuple(given[name].shape) != shapes[name]:
-            got, want = tuple(given[name].shape), shapes[name]
-            problems.append(f"{name} has shape {got}, want {want}")
-    if problems:
-        raise ValueError(f"{what} do not fit the model: " + "; ".join(problems))
