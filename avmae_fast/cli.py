@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from avmae_fast import cli_run
 from avmae_fast.cli_bench import add_bench_data
+from avmae_fast.cli_convert import add_convert
 from avmae_fast.cli_run import steps_range
 
 _BAD_INPUT = 2
@@ -32,6 +33,8 @@ _INPUT_ERRORS = {
     "avmae_fast.data.clip": "ClipError",
     "avmae_fast.data.manifest": "ManifestError",
     "avmae_fast.data.workers": "LoaderFailed",
+    "avmae_fast.interop.entries": "ConvertError",
+    "avmae_fast.models.pretrained": "PretrainedError",
     "avmae_fast.train.checkpoint": "CheckpointError",
     "avmae_fast.train.lock": "LockedError",
     "avmae_fast.train.memory_advice": "OutOfMemory",
@@ -72,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_pretrain(commands.add_parser("pretrain", help="pretrain a model", epilog=_EXIT_CODES))
     _add_synth(commands.add_parser("synth", help="make a synthetic set of audiovisual clips"))
+    add_convert(commands.add_parser("convert", help="convert weights of other code bases"))
     _add_probe(commands.add_parser("probe-files", help="say which media files can be read"))
     cli_run.add_commands(commands)
     add_bench_data(commands.add_parser("bench-data", help="say how fast media files can be loaded"))

@@ -202,8 +202,9 @@ class ModelConfig:
     decoding: joint, shared or separate decoders.
     objective: `reconstruction` of each modality's masked tokens; `inpainting_released` as the
         authors' code does it; `inpainting` with every mask token at its own position.
-    positions: `sincos1d` over the flattened index (released), `sincos_grid` over (t, h, w) and
-        (time, frequency), or `learned` in the encoder with `sincos1d` in the decoder.
+    positions: `sincos1d` over the flattened index (released), `sincos_grid` over (t, h, w), or
+        (h, w) of one time step, and (time, frequency), or `learned` in the encoder with
+        `sincos1d` in the decoder.
     decoder_positions: `fixed` as `positions` says, or `learned`.
     prefix_tokens: learned tokens in front of each modality's own, such as one class token. No mask
         hides them and nothing is predicted for them; features come out with them in front.

@@ -39,7 +39,8 @@ def sincos_grid(grid: Sequence[int], width: int) -> NDArray[np.float32]:
     With k frequencies `w_j = 10000^(-j / k)` a token at (y, x) gets
     [sin(x w), cos(x w), sin(y w), cos(y w)], a token at (z, y, x)
     [sin(z w), cos(z w), sin(x w), cos(x w), sin(y w), cos(y w)]. k is width // 4 or width // 6;
-    channels left over where the division is not exact stay zero.
+    channels left over where the division is not exact stay zero. One time step is no axis: the
+    grid (1, height, width) has the table of a picture.
 
     Args:
         grid: tokens along (time, frequency) or (time, height, width); tokens run row-major.
@@ -52,6 +53,8 @@ def sincos_grid(grid: Sequence[int], width: int) -> NDArray[np.float32]:
         ValueError: the grid has not two or three positive axes, or width is too small for one
             frequency.
     """
+    if len(grid) == 3 and grid[0] == 1:
+        grid = grid[1:]
     if len(grid) not in (2, 3) or min(grid) < 1 or width < 2 * len(grid):
         raise ValueError(
             "sincos_grid wants two or three positive axes and a width of at least two an axis, "

@@ -1,7 +1,8 @@
-"""Models in folders of two files, in the convention of Hugging Face.
+"""Models in folders, in the convention of Hugging Face.
 
     config.json          the class of the model, its configuration, and where it came from
     model.safetensors    its weights, by state-dict name
+    left_out.safetensors what converted weights held besides, as the scores of a classifier
 
 A folder is written beside its place and moved there whole: a reader finds the old one or the new.
 """
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from avmae_fast.config import ConfigError, ModelConfig
 from avmae_fast.config_file import model_from_dict, to_dict
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, LEFT_OUT = "config.json", "model.safetensors", "left_out.safetensors"
 
 
 class PretrainedError(ValueError):
@@ -81,9 +82,10 @@ def save_model(
     config: ModelConfig,
     weights: Mapping[str, Tensor],
     record: Mapping[str, Any] | None = None,
+    left_out: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the two files of a model, as `Pretrained.save_pretrained` does."""
-    folder = Path(folder)
+    """Write the files of a model, as `Pretrained.save_pretrained` does."""
+    folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or _others(folder)):
         raise PretrainedError(f"{folder} is in the way: it is not the folder of an earlier model")
     partial = folder.with_name(f".partial-{folder.name}")
@@ -92,6 +94,8 @@ def save_model(
     # Tensors that share memory, or are views of larger ones, are written on their own.
     own = {name: x.detach().cpu().contiguous().clone() for name, x in weights.items()}
     save_file(own, partial / WEIGHTS, metadata={"format": "pt"})
+    if left_out:
+        save_file({n: x.contiguous().clone() for n, x in left_out.items()}, partial / LEFT_OUT)
     text = {"architecture": architecture, "model": to_dict(config), **(record or {})}
     (partial / CONFIG).write_text(json.dumps(text, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
@@ -121,7 +125,7 @@ def load_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, 
 
 
 def _others(folder: Path) -> bool:
-    return any(path.name not in (CONFIG, WEIGHTS) for path in folder.iterdir())
+    return any(path.name not in (CONFIG, WEIGHTS, LEFT_OUT) for path in folder.iterdir())
 
 
 def _local(folder: Path | str) -> Path:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from avmae_fast.config import AudioConfig, Modality, ModelConfig, VideoConfig
 from avmae_fast.positions import sincos1d, sincos_grid
@@ -315,7 +316,7 @@ def fixed_positions(config: ModelConfig, m: Modality, width: int) -> Tensor:
     spec = config.input(m)
     on_grid = config.positions == "sincos_grid"
     table = sincos_grid(spec.grid, width) if on_grid else sincos1d(spec.tokens, width)
-    return torch.cat([torch.zeros(config.prefix_tokens, width), torch.from_numpy(table)])
+    return F.pad(torch.from_numpy(table), (0, 0, config.prefix_tokens, 0))
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:

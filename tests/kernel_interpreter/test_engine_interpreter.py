@@ -20,6 +20,7 @@ DECODINGS = ("joint", "shared", "separate")
 CASES = [{"fusion": f, "decoding": d} for f in FUSIONS for d in DECODINGS] + [
     {"fusion": "mid", "decoding": "shared", "modality_tokens": True},
     {"fusion": "separate", "decoding": "separate", "positions": "learned"},
+    {"fusion": "early", "decoding": "joint", "prefix_tokens": 1, "decoder_positions": "learned"},
     {"fusion": "shared", "decoding": "shared", "target_norm": "patch"},
     {"fusion": "early", "decoding": "shared", "objective": "inpainting"},
     {"fusion": "mid", "decoding": "joint", "objective": "inpainting_released", "gelu": "erf"},

@@ -1,0 +1,201 @@
+"""Files of weights from one format to another: what `avmae convert` does.
+
+Nothing is ever unpickled into more than tensors, nothing is overwritten, and what is written
+appears whole or not at all.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from avmae_fast.interop import huggingface
+from avmae_fast.interop.entries import ConvertError, to_theirs
+from avmae_fast.interop.exchange import FORMATS, Imported, detect, export_weights, import_weights
+from avmae_fast.interop.files import is_flax, read_tree, read_weights, write_bytes, write_weights
+from avmae_fast.interop.flax_msgpack import pack_tree
+from avmae_fast.interop.scenic import read_leaves
+from avmae_fast.interop.scenic_files import (
+    ScenicShape,
+    checkpoint,
+    classifier_encoder_entries,
+    finetuned_config,
+    is_finetuned,
+    parameters,
+    pretraining_config,
+    pretraining_entries,
+    split_classifier,
+)
+from avmae_fast.interop.vit import Shape
+from avmae_fast.models.pretrained import CONFIG, LEFT_OUT, WEIGHTS, load_model, save_model
+
+OURS, SCENIC = "avmae", "scenic"
+ALL_FORMATS = (OURS, SCENIC, *FORMATS)
+_FOLDERS = (OURS, "hf-vit", "hf-vitmae", "hf-videomae")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What the caller says about the weights; see `import_weights` and `ScenicShape`."""
+
+    shape: Shape = Shape()
+    scenic: ScenicShape = ScenicShape()
+    pixels: str | None = None
+    encoder_only: bool = False
+    resize_to: tuple[int, ...] | None = None
+
+
+def convert(
+    source: Path, out: Path, read_as: str | None, write_as: str, wishes: Wishes | None = None
+) -> list[str]:
+    """Write the weights of `source` to `out` in another format.
+
+    Args:
+        source: a file, or a folder of ours or of Hugging Face.
+        out: a folder for ours and Hugging Face's formats, else a file: safetensors, of PyTorch
+            where its name ends so, or Flax msgpack for scenic. It must not exist.
+        read_as, write_as: of `ALL_FORMATS`; `read_as` None finds it out.
+
+    Returns:
+        What was found, assumed and left out, a line each.
+
+    Raises:
+        FileExistsError: `out` exists.
+        FileNotFoundError: `source` does not.
+        ConvertError: the weights cannot be read, or the format has no such model.
+    """
+    wishes = wishes or Wishes()
+    for field, value in (("--from", read_as), ("--to", write_as)):
+        if value is not None and value not in ALL_FORMATS:
+            raise ConvertError(f"{field} {value!r} is not one of {', '.join(ALL_FORMATS)}")
+    if out.exists():
+        raise FileExistsError(f"{out} exists: it is not overwritten")
+    found, model = _read(source, read_as, wishes)
+    notes = [f"{source} is {found}" + ("" if read_as else ", told by its names"), *model.notes]
+    return notes + _write(out, model, write_as, wishes)
+
+
+def _read(source: Path, read_as: str | None, wishes: Wishes) -> tuple[str, Imported]:
+    """The format of the weights, and the model they make."""
+    if read_as == OURS or (read_as is None and _is_ours(source)):
+        return OURS, _read_ours(source)
+    if read_as == SCENIC or (read_as is None and is_flax(source)):
+        return SCENIC, import_scenic(read_tree(source), wishes.scenic)
+    tensors, config = read_weights(source)
+    found = read_as or detect(tensors, config)
+    model = import_weights(
+        tensors,
+        found,
+        shape=wishes.shape,
+        pixels=wishes.pixels,
+        encoder_only=wishes.encoder_only,
+        resize_to=wishes.resize_to,
+        config=config,
+    )
+    return found, model
+
+
+def import_scenic(tree: Any, shape: ScenicShape) -> Imported:
+    """A model of ours from the tree of a checkpoint of the authors' code.
+
+    A classifier of one modality gives its encoder; its head is left out.
+
+    Raises:
+        ConvertError: the tree is of no model that ours can be.
+    """
+    leaves = parameters(tree)
+    left_out: dict[str, Any] = {}
+    if is_finetuned(leaves):
+        leaves, left_out = split_classifier(leaves)
+        config, embedding = finetuned_config(leaves, shape)
+        entries = classifier_encoder_entries(config, embedding)
+        source = {"format": "scenic-finetuned", "embedding": embedding}
+    else:
+        config = pretraining_config(leaves, shape)
+        entries, source = pretraining_entries(config), {"format": SCENIC}
+    state = read_leaves(leaves, entries)  # type: ignore[arg-type]
+    whole = source["format"] == SCENIC
+    notes = [f"{config.fusion} encoder, {config.decoding} decoder"] if whole else []
+    if left_out:
+        notes.append(f"left out: {sorted(left_out)}")
+    kept = {name: _tensor(leaf) for name, leaf in left_out.items()}
+    return Imported(config, state, whole, source, notes, kept)
+
+
+def _write(out: Path, model: Imported, write_as: str, wishes: Wishes) -> list[str]:
+    """Write the model; returns what its new code must be told."""
+    if write_as == OURS:
+        architecture = "AudiovisualMAE" if model.decoder else "Encoder"
+        record = {"source": model.source}
+        save_model(out, architecture, model.config, model.state, record, model.left_out)
+        return []
+    same = model.source.get("format") == write_as
+    left_out = model.left_out if same else {}
+    if write_as == SCENIC:
+        write_bytes(out, pack_tree(_scenic_tree(model)))
+        return []
+    pixels = wishes.pixels or (model.source.get("pixels") if same else None)
+    tensors, notes = export_weights(
+        model.config, model.state, write_as, pixels=pixels, left_out=left_out
+    )
+    if write_as in _FOLDERS:
+        config = huggingface.config_json(write_as, model.config, model.decoder)
+        _write_folder(out, config, tensors)
+    else:
+        write_weights(out, tensors)
+    return notes
+
+
+def _scenic_tree(model: Imported) -> Any:
+    """A checkpoint of the authors' code."""
+    if model.decoder:
+        leaves = to_theirs(pretraining_entries(model.config), model.state)
+        return checkpoint({n: x.numpy() for n, x in leaves.items()}, 0, finetuned=False)
+    if model.source.get("format") != "scenic-finetuned":
+        raise ConvertError(
+            "scenic keeps an encoder with the decoder that pretrained it, or with a classifier: "
+            "this model has neither"
+        )
+    entries = classifier_encoder_entries(model.config, model.source["embedding"])
+    leaves = to_theirs(entries, model.state)
+    arrays = {n: x.numpy() for n, x in {**leaves, **model.left_out}.items()}
+    return checkpoint(arrays, 0, finetuned=True)
+
+
+def _read_ours(folder: Path) -> Imported:
+    config, state, record = load_model(folder)
+    left_out = load_file(folder / LEFT_OUT) if (folder / LEFT_OUT).is_file() else {}
+    decoder = any(name.startswith("decoder.") for name in state)
+    source = record.get("source")
+    return Imported(config, state, decoder, dict(source or {}), [], left_out)
+
+
+def _is_ours(path: Path) -> bool:
+    if not (path / CONFIG).is_file():
+        return False
+    try:
+        record = json.loads((path / CONFIG).read_text())
+    except ValueError:
+        return False
+    return isinstance(record, dict) and "architecture" in record and "model" in record
+
+
+def _write_folder(out: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """A folder of Hugging Face, whole or not at all."""
+    partial = out.absolute().with_name(f".partial-{out.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_weights(partial / WEIGHTS, tensors)
+    (partial / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    os.replace(partial, out)
+
+
+def _tensor(leaf: Any) -> Tensor:
+    return leaf if isinstance(leaf, Tensor) else torch.from_numpy(leaf)
