@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from avmae_fast.interop import huggingface
+from avmae_fast.interop.detect import FORMATS, detect
 from avmae_fast.interop.entries import ConvertError, to_theirs
-from avmae_fast.interop.exchange import FORMATS, Imported, detect, export_weights, import_weights
+from avmae_fast.interop.exchange import Imported, export_weights, import_weights
 from avmae_fast.interop.files import is_flax, read_tree, read_weights, write_bytes, write_weights
 from avmae_fast.interop.flax_msgpack import pack_tree
-from avmae_fast.interop.scenic import read_leaves
+from avmae_fast.interop.scenic import entries_of, read_leaves
 from avmae_fast.interop.scenic_files import (
     ScenicShape,
     checkpoint,
@@ -30,7 +31,6 @@ from avmae_fast.interop.scenic_files import (
     is_finetuned,
     parameters,
     pretraining_config,
-    pretraining_entries,
     split_classifier,
 )
 from avmae_fast.interop.vit import Shape
@@ -119,7 +119,7 @@ def import_scenic(tree: Any, shape: ScenicShape) -> Imported:
         source = {"format": "scenic-finetuned", "embedding": embedding}
     else:
         config = pretraining_config(leaves, shape)
-        entries, source = pretraining_entries(config), {"format": SCENIC}
+        entries, source = entries_of(config), {"format": SCENIC}
     state = read_leaves(leaves, entries)  # type: ignore[arg-type]
     whole = source["format"] == SCENIC
     notes = [f"{config.fusion} encoder, {config.decoding} decoder"] if whole else []
@@ -156,7 +156,7 @@ def _write(out: Path, model: Imported, write_as: str, wishes: Wishes) -> list[st
 def _scenic_tree(model: Imported) -> Any:
     """A checkpoint of the authors' code."""
     if model.decoder:
-        leaves = to_theirs(pretraining_entries(model.config), model.state)
+        leaves = to_theirs(entries_of(model.config), model.state)
         return checkpoint({n: x.numpy() for n, x in leaves.items()}, 0, finetuned=False)
     if model.source.get("format") != "scenic-finetuned":
         raise ConvertError(

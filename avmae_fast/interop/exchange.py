@@ -10,6 +10,7 @@ from torch import Tensor
 
 from avmae_fast.config import AudioConfig, ModelConfig, VideoConfig
 from avmae_fast.interop import cav_mae, huggingface
+from avmae_fast.interop.detect import FORMATS, detect
 from avmae_fast.interop.entries import ConvertError, listed, to_ours, to_theirs
 from avmae_fast.interop.names import NAMES, Names
 from avmae_fast.interop.pixels import PIXELS, fold_pixels, unfold_pixels
@@ -22,22 +23,6 @@ from avmae_fast.interop.tables import (
 )
 from avmae_fast.interop.vit import Shape, config_of, entries_of, respell, set_aside
 from avmae_fast.models import AudiovisualMAE, Encoder
-
-FORMATS = (*NAMES, "cav-mae")
-
-# The first row of which every name is there tells the format.
-_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("cav-mae", (r"blocks_u\.0\.", r"patch_embed_a\.")),
-    ("mae-st", (r"pos_embed_spatial$", r"blocks\.0\.attn\.q\.")),
-    ("videomae", (r"(encoder\.)?blocks\.0\.attn\.q_bias$",)),
-    ("hf-videomae", (r"(videomae\.)?encoder\.layer\.0\.attention\.attention\.(q_bias|query\.bias)$",
-                     r"(videomae\.)?embeddings\.patch_embeddings\.projection\.weight$ 5")),
-    ("hf-vitmae", (r"decoder\.decoder_embed\.weight$", r"vit\.embeddings\.cls_token$")),
-    ("hf-vit", (r"((vit|deit)\.)?embeddings\.cls_token$", r"((vit|deit)\.)?(encoder|layers)\.")),
-    ("audiomae", (r"patch_embed\.proj\.weight$ 1", r"blocks\.0\.attn\.qkv\.")),
-    ("mae", (r"decoder_embed\.weight$", r"patch_embed\.proj\.weight$ 4", r"blocks\.0\.attn\.q")),
-    ("timm", (r"patch_embed\.proj\.weight$ 4", r"blocks\.0\.attn\.qkv\.")),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,23 +47,6 @@ class Imported:
         model = (AudiovisualMAE if self.decoder else Encoder)(self.config)
         model.load_state_dict(self.state)
         return model.eval()
-
-
-def detect(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> str:
-    """The format of tensors, from their names and, if there is one, a config.json.
-
-    Raises:
-        ConvertError: it is none of `FORMATS`.
-    """
-    named = huggingface.format_of(config or {})
-    if named is not None:
-        return named
-    for source, signs in _SIGNS:
-        if all(any(_shows(sign, name, x) for name, x in tensors.items()) for sign in signs):
-            return source
-    raise ConvertError(
-        f"unknown architecture: {listed(sorted(tensors))} are names of none of {', '.join(FORMATS)}"
-    )
 
 
 def import_weights(
@@ -252,16 +220,6 @@ def _told(config: ModelConfig, eps: float) -> list[str]:
     if config.layer_norm_eps != eps:
         told.append(f"LayerNorm epsilon is {config.layer_norm_eps:g}, theirs is {eps:g}")
     return told
-
-
-def _shows(sign: str, name: str, tensor: Tensor) -> bool:
-    """Whether a tensor has the name, and the axes (4, 5) or the channels (1), of a sign."""
-    pattern, _, number = sign.partition(" ")
-    if not re.match(pattern, name):
-        return False
-    if number == "1":
-        return tensor.ndim == 4 and tensor.shape[1] == 1
-    return not number or tensor.ndim == int(number)
 
 
 def _names(source: str) -> Names:

@@ -1,8 +1,10 @@
 """Files of weights: safetensors, PyTorch's own read without executing anything, Flax msgpack."""
 
+import argparse
 import json
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,13 +100,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _torch_load(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Training scripts save their arguments beside the weights: names and values, no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # What torch goes on to advise is to execute the file.
-        reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
+        # What torch itself goes on to advise is to execute the file.
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it refers to {found[1]}" if found else "it is no pickle of torch.save"
         raise ConvertError(
-            f"{path} is no file of tensors alone: {reason}; it is not read, since that could "
-            "execute what it holds. Save the tensors as safetensors where you trust it"
+            f"{path} is no file of tensors alone: {reason}. It is not read any further, since "
+            "that could execute what it holds; save the tensors as safetensors where you trust it"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).split("\n")[0]

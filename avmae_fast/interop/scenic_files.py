@@ -29,7 +29,6 @@ from avmae_fast.interop.scenic import (
     SCENIC_MODALITY,
     block_entries,
     embedding_entries,
-    entries_of,
     norm_entries,
     token_entry,
 )
@@ -177,11 +176,6 @@ def split_classifier(leaves: Leaves) -> tuple[dict[str, Any], dict[str, Any]]:
     """The encoder's leaves, and the classifier's own: its head, and bottlenecks it never uses."""
     own = {n: x for n, x in leaves.items() if n.startswith(_CLASSIFIER) or n == "bottleneck"}
     return {n: x for n, x in leaves.items() if n not in own}, own
-
-
-def pretraining_entries(config: ModelConfig) -> list[Entry]:
-    """The table of a pretraining tree."""
-    return entries_of(config)
 
 
 def _fusion(leaves: Leaves, tops: set[str], shape: ScenicShape) -> tuple[Fusion, int, int]:

@@ -1,5 +1,6 @@
 """`avmae convert` on files: every container, what it prints, and what it refuses."""
 
+import argparse
 import json
 import pickle
 from pathlib import Path
@@ -83,7 +84,7 @@ def _broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
     text = folder / "text.pt"
     text.write_text("version https://git-lfs.github.com/spec/v1\n")
     return {
-        "code": (bomb, "no file of tensors alone"),
+        "code": (bomb, "no file of tensors alone: it refers to .*Fail"),
         "a bare pickle": (raw, "no file of tensors alone"),
         "numbers": (numbers, r"holds \['epoch', 'loss'\], want tensors by name"),
         "a list": (a_list, "holds list, want tensors by name"),
@@ -105,7 +106,8 @@ def test_broken_and_hostile_files(tmp_path: Path) -> None:
 def test_pytorch_files_and_wrappers(tmp_path: Path, outer: str | None) -> None:
     tensors, _ = export_weights(config_for("mae"), state_for("mae"), "mae", pixels="signed")
     wrapped = {f"module._orig_mod.{n}": x for n, x in tensors.items()}
-    torch.save({outer: wrapped, "epoch": 7} if outer else wrapped, tmp_path / "mae.pth")
+    beside = {"epoch": 7, "args": argparse.Namespace(model="mae_vit_base_patch16", lr=1e-3)}
+    torch.save({outer: wrapped, **beside} if outer else wrapped, tmp_path / "mae.pth")
     wishes = Wishes(shape=SHAPE, pixels="signed")
     notes = convert(tmp_path / "mae.pth", tmp_path / "ours", None, "avmae", wishes)
     assert "mae.pth is mae, told by its names" in notes[0]

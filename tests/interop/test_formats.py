@@ -7,8 +7,9 @@ import torch
 from small import FIELDS, SHAPE, config_for, state_for
 
 from avmae_fast.config import ModelConfig
+from avmae_fast.interop.detect import detect
 from avmae_fast.interop.entries import ConvertError
-from avmae_fast.interop.exchange import Imported, detect, export_weights, import_weights
+from avmae_fast.interop.exchange import Imported, export_weights, import_weights
 from avmae_fast.interop.pixels import PIXELS
 from avmae_fast.interop.tables import join_tables
 

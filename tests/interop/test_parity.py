@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from avmae_fast.interop.detect import detect
 from avmae_fast.interop.entries import to_theirs
-from avmae_fast.interop.exchange import Imported, detect, import_weights
+from avmae_fast.interop.exchange import Imported, import_weights
 from avmae_fast.interop.names import NAMES
 from avmae_fast.interop.pixels import PIXELS
 from avmae_fast.interop.tables import write_out

@@ -11,7 +11,8 @@ from small import SHAPE, config_for, state_for
 from torch import Tensor
 from torch.nn import functional as F
 
-from avmae_fast.interop.exchange import detect, export_weights, import_weights
+from avmae_fast.interop.detect import detect
+from avmae_fast.interop.exchange import export_weights, import_weights
 from avmae_fast.interop.vit import Shape
 from avmae_fast.models import TokenMask
 
