@@ -98,7 +98,11 @@ def import_weights(
         left_out |= of_decoder
         has_decoder = False
     model = config_of(own, effective, shape)
-    state = to_ours(entries_of(effective, model, has_decoder), own, f"{source} weights")
+    try:
+        state = to_ours(entries_of(effective, model, has_decoder), own, f"{source} weights")
+    except ConvertError as error:
+        hint = "; encoder_only would leave the decoder out" if has_decoder else ""
+        raise ConvertError(f"{error}{hint}") from error
     notes = _assumptions(effective, model)
     return _finish(model, state, has_decoder, source, pixels, notes, left_out, resize_to)
 

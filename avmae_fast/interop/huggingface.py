@@ -11,6 +11,7 @@ from avmae_fast.interop.vit import Shape
 MODEL_TYPES = {"vit": "hf-vit", "deit": "hf-vit", "vit_mae": "hf-vitmae", "videomae": "hf-videomae"}
 _ARCHITECTURES = {
     "hf-vit": ("vit", "ViTModel", "ViTModel"),
+    "deit": ("deit", "DeiTModel", "DeiTModel"),
     "hf-vitmae": ("vit_mae", "ViTMAEForPreTraining", "ViTMAEModel"),
     "hf-videomae": ("videomae", "VideoMAEForPreTraining", "VideoMAEModel"),
 }
@@ -85,7 +86,9 @@ def pixels_of(config: Mapping[str, Any]) -> str | None:
 
 def config_json(target: str, config: ModelConfig, decoder: bool) -> dict[str, Any]:
     """The config.json of a model in one of the Hugging Face formats."""
-    kind, whole, bare = _ARCHITECTURES[target]
+    # Two prefix tokens make a DeiT, whose other names are ViT's.
+    distilled = target == "hf-vit" and config.prefix_tokens == 2
+    kind, whole, bare = _ARCHITECTURES["deit" if distilled else target]
     video = config.video
     if not isinstance(video, VideoConfig) or video.tubelet[1] != video.tubelet[2]:
         raise ConvertError(f"{target} has square patches of video, this model {video}")

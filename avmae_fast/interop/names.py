@@ -75,7 +75,8 @@ class Names:
     """Names of the parts of an encoder of one modality, and what its code fixes.
 
     patch_embed: a convolution whose kernel is as large as its stride.
-    prefix: class and distillation token, [1, 1, D] each; those that are there are taken.
+    prefix: class and distillation token, [1, 1, D] each; those that are there are taken. Their code
+        cannot do without the first `least_prefix` of them.
     positions: their table, [1, tokens, D]. None: computed and not stored. `split_positions`: their
         spatial, temporal and class tables, which are added.
     computed: the positions that are not stored.
@@ -94,6 +95,7 @@ class Names:
     norm: str
     decoder: Decoder | None = None
     prefix: tuple[str, ...] = ()
+    least_prefix: int = 0
     positions: str | None = None
     split_positions: tuple[str, str, str] | None = None
     computed: str = "sincos_grid"
@@ -142,6 +144,7 @@ NAMES: dict[str, Names] = {
         rows=TIMM_BLOCK,
         norm="norm",
         prefix=("cls_token",),
+        least_prefix=1,
         positions="pos_embed",
         decoder=_MAE_DECODER,
         left_out=_CLASSIFIER,
@@ -156,6 +159,7 @@ NAMES: dict[str, Names] = {
         rows=SPLIT_BLOCK,
         norm="norm",
         prefix=("cls_token",),
+        least_prefix=1,
         split_positions=("pos_embed_spatial", "pos_embed_temporal", "pos_embed_class"),
         decoder=_MAE_DECODER,
         left_out=_CLASSIFIER,
@@ -172,6 +176,7 @@ NAMES: dict[str, Names] = {
         rows=TIMM_BLOCK,
         norm="norm",
         prefix=("cls_token",),
+        least_prefix=1,
         positions="pos_embed",
         decoder=_MAE_DECODER,
         left_out=_CLASSIFIER,
@@ -212,6 +217,7 @@ NAMES: dict[str, Names] = {
         rows=HF_BLOCK,
         norm="layernorm",
         prefix=("embeddings.cls_token", "embeddings.distillation_token"),
+        least_prefix=1,
         positions="embeddings.position_embeddings",
         left_out=("pooler.*", "classifier.*", "cls_classifier.*", "distillation_classifier.*"),
         renames=(
@@ -234,6 +240,7 @@ NAMES: dict[str, Names] = {
         rows=HF_BLOCK,
         norm="vit.layernorm",
         prefix=("vit.embeddings.cls_token",),
+        least_prefix=1,
         positions="vit.embeddings.position_embeddings",
         decoder=Decoder(
             embed="decoder.decoder_embed",

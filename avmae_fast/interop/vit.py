@@ -122,10 +122,9 @@ def entries_of(names: Names, config: ModelConfig, decoder: bool) -> list[Entry]:
         raise ConvertError(f"{names.label} holds {m} alone, this model has {has}")
     rows = prefix + config.input(m).tokens
     entries = _patch_embed(names, config)
-    if prefix > len(names.prefix):
-        raise ConvertError(
-            f"{names.label} has room for {len(names.prefix)} prefix tokens, this model has {prefix}"
-        )
+    if not names.least_prefix <= prefix <= len(names.prefix):
+        room = f"{names.least_prefix} to {len(names.prefix)}"
+        raise ConvertError(f"{names.label} has {room} prefix tokens, this model has {prefix}")
     if prefix:
         leaves = names.prefix[:prefix]
         entries.append(Entry(f"prefix_token.{m}", leaves, (1, 1, width), (1, width)))

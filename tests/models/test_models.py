@@ -33,6 +33,19 @@ def test_encoder_weights_are_a_subset_of_the_autoencoder() -> None:
     encoder.load_state_dict({k: v for k, v in model.state_dict().items() if k in own})
 
 
+def test_prefix_tokens_come_first_and_are_never_masked() -> None:
+    config = tiny_config(prefix_tokens=2)
+    model = AudiovisualMAE(config).double()
+    batch = tiny_batch(config)
+    inputs = {"video": batch["video"], "audio": batch["audio"]}
+    for m, x in model.encode(inputs, batch["masks"]).items():
+        assert x.shape[1] == 2 + batch["masks"][m].visible.shape[1]
+    with pytest.raises(ConfigError, match="model.prefix_tokens = -1"):
+        tiny_config(prefix_tokens=-1)
+    with pytest.raises(ConfigError, match="model.objective = 'inpainting'.*prefix_tokens"):
+        tiny_config(prefix_tokens=1, objective="inpainting")
+
+
 def test_first_prediction_is_zero_as_released() -> None:
     config = tiny_config()
     out = AudiovisualMAE(config).double()(**tiny_batch(config))
