@@ -141,7 +141,7 @@ def finetuned_config(leaves: Leaves, shape: ScenicShape) -> tuple[ModelConfig, s
     if any(_PUBLIC in name for name in leaves) and "embedding/kernel" in leaves:
         raise ConvertError(
             "this classifier fuses video and audio by bottleneck tokens, which an encoder of ours "
-            "has not: only classifiers of one modality are converted"
+            "has not; classifier_from_scenic(parameters(tree), config) makes a Classifier of it"
         )
     m: Modality = "video" if _ndim(leaves, "embedding/kernel") == 5 else "audio"
     embedding = "embedding" if "embedding/kernel" in leaves else _PUBLIC.rstrip("/")

@@ -13,12 +13,15 @@ from safetensors.torch import load_file, save_file
 from small import FIELDS, SHAPE, config_for, state_for
 
 from avmae_fast.cli import main
+from avmae_fast.config import AudioConfig, StackConfig, VideoConfig
+from avmae_fast.finetune_config import ClassifierConfig
 from avmae_fast.interop.convert import Wishes, convert, import_scenic
 from avmae_fast.interop.entries import ConvertError
 from avmae_fast.interop.exchange import export_weights, import_weights
 from avmae_fast.interop.flax_msgpack import nest, pack_tree, unpack_tree
+from avmae_fast.interop.scenic_classifier import classifier_from_scenic, classifier_to_scenic
 from avmae_fast.interop.scenic_files import ScenicShape, parameters
-from avmae_fast.models import AudiovisualMAE, Encoder
+from avmae_fast.models import AudiovisualMAE, Classifier, Encoder
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SCENIC_SHAPE = ScenicShape(frames=6, size=(16, 24), audio_frames=40, mel_bins=24)
@@ -249,6 +252,27 @@ def test_scenic_trees_that_are_refused() -> None:
     short = {n: x for n, x in params.items() if n != "Decoder/encoder_norm/bias"}
     with pytest.raises(ConvertError, match=r"missing \['Decoder/encoder_norm/bias'\]"):
         import_scenic({"optimizer": {"target": nest(short)}}, SCENIC_SHAPE)
+
+
+@pytest.mark.parametrize("chunk_bytes", [2**30, 512])
+def test_classifiers_of_both_modalities_from_files(chunk_bytes: int) -> None:
+    """A file's tree goes into a classifier and comes back byte for byte."""
+    config = ClassifierConfig(
+        encoder=StackConfig(width=12, layers=2, heads=3, mlp=20),
+        classes=5,
+        video=VideoConfig(frames=4, height=6, width=4, tubelet=(2, 3, 2)),
+        audio=AudioConfig(frames=9, mel_bins=6, patch=(4, 3)),
+        fusion_layer=1,
+    )
+    leaves = classifier_to_scenic(Classifier(config).state_dict(), config)
+    internal = {
+        n.replace("embedding_spectrogram/", "embedding_spec/"): x for n, x in leaves.items()
+    }
+    file = pack_tree({"params": nest(internal), "opt_state": {}, "global_step": 3}, chunk_bytes)
+    read = parameters(unpack_tree(file))
+    back = classifier_to_scenic(classifier_from_scenic(read, config), config)
+    assert back.keys() == leaves.keys()
+    assert all(back[n].tobytes() == x.tobytes() for n, x in leaves.items())
 
 
 def test_models_of_ours_that_scenic_has_not(tmp_path: Path) -> None:
