@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from avmae_fast import cli_run
+from avmae_fast import cli_data, cli_run
 from avmae_fast.cli_bench import add_bench_data
 from avmae_fast.cli_convert import add_convert
 from avmae_fast.cli_run import steps_range
@@ -19,7 +19,7 @@ _CANNOT_WRITE = 73  # EX_CANTCREAT
 _INTERRUPTED = 130
 
 _EXIT_CODES = (
-    "Exit codes: 0 done; 1 probe-files found files that cannot be read; 2 bad input, the message "
+    "Exit codes: 0 done; 1 probe-files or verify found something wrong; 2 bad input, the message "
     "says what would be valid; 70 too many steps were not finite; 73 the disk is full or cannot "
     "be written; 75 stopped by Ctrl-C, SIGTERM or SIGUSR1 after writing a checkpoint; 130 "
     "interrupted, nothing was written."
@@ -32,6 +32,7 @@ _INPUT_ERRORS = {
     "avmae_fast.data.bad_files": "TooManyBadFiles",
     "avmae_fast.data.clip": "ClipError",
     "avmae_fast.data.manifest": "ManifestError",
+    "avmae_fast.data.pack_clips": "PackError",
     "avmae_fast.data.workers": "LoaderFailed",
     "avmae_fast.interop.entries": "ConvertError",
     "avmae_fast.models.pretrained": "PretrainedError",
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_probe(commands.add_parser("probe-files", help="say which media files can be read"))
     cli_run.add_commands(commands)
     add_bench_data(commands.add_parser("bench-data", help="say how fast media files can be loaded"))
+    cli_data.add_commands(commands)
     return parser
 
 

@@ -3,6 +3,7 @@
 Columns: `path` (relative paths start at the manifest's folder); optional `label` (a name, or whole
 numbers throughout), `start` and `end` (seconds in the file), `split` (train, val or test). An empty
 cell is an absent one. Files are not looked for here: one that is missing is a bad clip later on.
+A folder that `avmae pack` has written is a manifest too.
 """
 
 import csv
@@ -11,6 +12,7 @@ import json
 import logging
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,13 +40,33 @@ class Record:
     end_s: float
 
 
-@dataclass(frozen=True, eq=False)
-class Manifest:
-    """The records of a manifest, held in arrays so that millions of them travel to workers.
+class Manifest(ABC):
+    """A sequence of records.
 
     source: the file it was read from.
     classes: class names; a record's label is an index into them.
     """
+
+    source: Path
+    classes: tuple[str, ...]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Record: ...
+
+    @abstractmethod
+    def select(self, split: str) -> Self:
+        """The records of one split; those that name none belong to train."""
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[i] for i in range(len(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class FileManifest(Manifest):
+    """Records of media files, held in arrays so that millions of them travel to workers."""
 
     source: Path
     classes: tuple[str, ...]
@@ -63,11 +85,11 @@ class Manifest:
         label, start_s = int(self._labels[index]), float(self._starts_s[index])
         return Record(path, label, start_s, float(self._ends_s[index]))
 
-    def __iter__(self) -> Iterator[Record]:
-        return (self[i] for i in range(len(self)))
+    def as_listed(self, index: int) -> tuple[str, str]:
+        """The path of a record as the manifest gives it, and its split."""
+        return os.fsdecode(self._paths[index]), SPLITS[self._splits[index]]
 
     def select(self, split: str) -> Self:
-        """The records of one split; those that name none belong to train."""
         chosen = self._splits == SPLITS.index(split)
         arrays = (self._paths, self._labels, self._starts_s, self._ends_s, self._splits)
         return type(self)(self.source, self.classes, *(array[chosen] for array in arrays))
@@ -77,7 +99,7 @@ def load_manifest(path: Path | str, classes: Sequence[str] | None = None) -> Man
     """Read a manifest.
 
     Args:
-        path: a .csv or .jsonl file.
+        path: a .csv or .jsonl file, or a folder of packed clips or its index file.
         classes: the class names to use, for instance those of the training manifest; by default
             the sorted names that occur, or all numbers up to the largest if labels are numbers.
 
@@ -86,6 +108,17 @@ def load_manifest(path: Path | str, classes: Sequence[str] | None = None) -> Man
             valid.
     """
     path = Path(path)
+    from avmae_fast.data.shard_index import is_index
+
+    if is_index(path):
+        from avmae_fast.data.shard_manifest import ShardManifest
+
+        return ShardManifest.load(path, classes)
+    return load_file_manifest(path, classes)
+
+
+def load_file_manifest(path: Path, classes: Sequence[str] | None = None) -> FileManifest:
+    """Read a .csv or .jsonl manifest; see `load_manifest`."""
     rows = list(_rows(path))
     if not rows:
         raise ManifestError(f"{path} lists no clips: it needs one row a clip below the header")
@@ -97,7 +130,7 @@ def load_manifest(path: Path | str, classes: Sequence[str] | None = None) -> Man
             known = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
             raise _bad(path, number, "label", label, f"one of the {len(classes)} classes: {known}")
     spans = [_span(path, number, row) for number, row in rows]
-    return Manifest(
+    return FileManifest(
         source=path,
         classes=tuple(classes),
         _paths=np.array([os.fsencode(_path(path, number, row)) for number, row in rows]),
@@ -111,7 +144,9 @@ def load_manifest(path: Path | str, classes: Sequence[str] | None = None) -> Man
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """(number from 1, columns) of each row, empty cells left out."""
     if path.suffix not in (".csv", ".jsonl"):
-        raise ManifestError(f"{path}: a manifest is a .csv or a .jsonl file")
+        raise ManifestError(
+            f"{path}: a manifest is a .csv or a .jsonl file, or a folder of packed clips"
+        )
     read = _csv_rows if path.suffix == ".csv" else _json_rows
     try:
         for number, row in enumerate(read(path), start=1):

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from avmae_fast.config import ConfigError
 from avmae_fast.data.clip import AUDIO_RATE_HZ, Clip, ClipError, ClipReader, Size
+from avmae_fast.data.manifest import Record
+from avmae_fast.data.shard_manifest import ShardRecord
 
 ReaderName = Literal["pyav", "torchcodec", "decord"]
 
@@ -89,6 +91,15 @@ def open_clip(path: Path | str, reader: str = "auto") -> ClipReader:
             from avmae_fast.data.reader_decord import DecordReader
 
             return DecordReader(Path(path))
+
+
+def open_record(record: Record, reader: str = "auto") -> ClipReader:
+    """A record of a manifest, open: its media file by `reader`, a packed clip from its shard."""
+    if isinstance(record, ShardRecord):
+        from avmae_fast.data.shard_reader import ShardReader
+
+        return ShardReader(record)
+    return open_clip(record.path, reader)
 
 
 def read_clip(

@@ -12,7 +12,7 @@ from avmae_fast.config import Config, ConfigError
 from avmae_fast.data.clip import AUDIO_RATE_HZ, ClipError
 from avmae_fast.data.manifest import Record
 from avmae_fast.data.order import DRAWS
-from avmae_fast.data.readers import open_clip, resolve_reader
+from avmae_fast.data.readers import open_record, resolve_reader
 from avmae_fast.data.stages import stage
 from avmae_fast.data.windows import (
     ClipEnd,
@@ -105,7 +105,7 @@ class FileSource:
     def __init__(self, record: Record, spec: SampleSpec) -> None:
         self._record = record
         self._spec = spec
-        self._reader = open_clip(record.path, spec.reader)
+        self._reader = open_record(record, spec.reader)
         try:
             self._check_tracks()
             info = self._reader.info

@@ -1,0 +1,95 @@
+"""Decode the pictures of a packed clip from bytes whose bounds are known."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache
+from types import ModuleType
+
+import av
+import numpy as np
+from av.codec.context import Flags, ThreadType
+from av.video.codeccontext import VideoCodecContext
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
+from numpy.typing import NDArray
+
+av.logging.set_level(av.logging.PANIC)
+
+_reformatter = VideoReformatter()
+
+
+def h264_pictures(
+    coded: Sequence[tuple[int, bytes]], decoder: bytes
+) -> Iterator[tuple[int, VideoFrame]]:
+    """(number, frame) of each of the coded pictures, given as (number, bytes) in coding order.
+
+    The first one must be a keyframe, and none shown in another order than it is coded in.
+    """
+    context = _h264_decoder(decoder)
+    try:
+        for number, data in coded:
+            packet = av.Packet(data)
+            packet.pts = number
+            for frame in context.decode(packet):
+                yield frame.pts, frame  # type: ignore[misc]
+    except av.FFmpegError:
+        _h264_decoder.cache_clear()
+        raise
+    # The next clip starts from nothing, without the cost of opening a decoder.
+    context.flush_buffers()
+
+
+# One for each picture size, and each keeps the memory of some pictures.
+@lru_cache(maxsize=8)
+def _h264_decoder(extradata: bytes) -> VideoCodecContext:
+    context = av.CodecContext.create("h264", "r")
+    assert isinstance(context, VideoCodecContext)
+    context.extradata = extradata
+    context.thread_type, context.thread_count = ThreadType.NONE, 1
+    # Frames come out as they are decoded; without it a decoder may hold one back.
+    context.flags |= Flags.low_delay
+    return context
+
+
+def to_rgb(frame: VideoFrame, out: NDArray[np.uint8]) -> None:
+    """Write a frame to `out`, [H, W, 3] of the frame's own size."""
+    height, width = out.shape[:2]
+    if (frame.height, frame.width) != (height, width):
+        raise ValueError(f"a picture of {frame.height} x {frame.width}, not {height} x {width}")
+    rgb = _reformatter.reformat(frame, format="rgb24", threads=1)
+    (plane,) = rgb.planes
+    # Lines in FFmpeg's buffers are padded. One copy: to_ndarray would make another.
+    lines = np.frombuffer(memoryview(plane), np.uint8).reshape(height, plane.line_size)
+    out[:] = lines[:, : 3 * width].reshape(height, width, 3)
+
+
+def jpeg_to_rgb(data: bytes, out: NDArray[np.uint8]) -> None:
+    """Decode a JPEG into `out`, [H, W, 3] of its own size. Raises ValueError where it is damaged.
+
+    Chroma is repeated, not interpolated, as FFmpeg does for video.
+    """
+    simplejpeg = _simplejpeg()
+    if simplejpeg is None:
+        (frame,) = _jpeg_decoder().decode(av.Packet(data))
+        to_rgb(frame, out)
+        return
+    simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True, buffer=out)
+
+
+@cache
+def _simplejpeg() -> ModuleType | None:
+    try:
+        import simplejpeg
+    except ImportError:
+        log = logging.getLogger(__name__)
+        log.warning("JPEGs are decoded by FFmpeg, more slowly: pip install simplejpeg")
+        return None
+    return simplejpeg
+
+
+@cache
+def _jpeg_decoder() -> VideoCodecContext:
+    context = av.CodecContext.create("mjpeg", "r")
+    assert isinstance(context, VideoCodecContext)
+    context.thread_type, context.thread_count = ThreadType.NONE, 1
+    return context

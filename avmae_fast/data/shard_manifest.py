@@ -1,0 +1,106 @@
+"""Packed clips as a manifest: every record is a byte range of a shard."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avmae_fast.data.manifest import SPLITS, UNKNOWN_LABEL, Manifest, ManifestError, Record
+from avmae_fast.data.shard_index import Index, index_file, key_of, read_index
+
+
+@dataclass(frozen=True)
+class ShardRecord(Record):
+    """A packed clip. `path` names it in messages: the shard and the key of its members.
+
+    shard, shard_bytes: the tar, and how long it was when it was packed.
+    codec, fps, gop: how pictures are coded; every gop-th stands for itself.
+    height, width, duration_s: of the pictures.
+    decoder: what an H.264 decoder has to know before the first picture.
+    video_at, frame_offsets: where the video member begins in the tar, where its pictures do in it.
+    sound_at, samples: where the first 16 kHz sample lies in the tar; how many follow (0: none).
+    """
+
+    shard: Path
+    shard_bytes: int
+    codec: str
+    fps: float
+    gop: int
+    height: int
+    width: int
+    duration_s: float
+    decoder: bytes
+    video_at: int
+    frame_offsets: NDArray[np.int64]
+    sound_at: int
+    samples: int
+
+
+@dataclass(frozen=True, eq=False)
+class ShardManifest(Manifest):
+    """The records of an index file. It is mapped by each process: only a selection travels."""
+
+    source: Path
+    classes: tuple[str, ...]
+    _chosen: NDArray[np.uint32] = field(repr=False)
+    # From a label in the index to one of `classes`.
+    _label_map: NDArray[np.int64] = field(repr=False)
+
+    @classmethod
+    def load(cls, path: Path, classes: Sequence[str] | None = None) -> Self:
+        """Read the index of a folder of shards; see `load_manifest`."""
+        source = index_file(path)
+        index = read_index(source)
+        if not len(index.rows):
+            raise ManifestError(f"{source} lists no clips: see failed.jsonl beside it")
+        own = tuple(index.header["classes"])
+        names = own if classes is None else tuple(classes)
+        if unknown := sorted(set(own) - set(names)):
+            raise ManifestError(
+                f"{source} has the class {unknown[0]!r}, which is not one of the {len(names)} known"
+            )
+        label_map = np.array([*(names.index(name) for name in own), UNKNOWN_LABEL], np.int64)
+        return cls(source, names, np.arange(len(index.rows), dtype=np.uint32), label_map)
+
+    @cached_property
+    def index(self) -> Index:
+        """The index file; all its rows, whatever is selected."""
+        return read_index(self.source)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "index"}
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def select(self, split: str) -> Self:
+        chosen = self.index.rows["split"][self._chosen] == SPLITS.index(split)
+        return type(self)(self.source, self.classes, self._chosen[chosen], self._label_map)
+
+    def __getitem__(self, index: int) -> ShardRecord:
+        row, header = self.index.rows[self._chosen[index]], self.index.header
+        shard = header["shards"][int(row["shard"])]
+        path = self.source.parent / shard["name"]
+        return ShardRecord(
+            path=path / key_of(row),
+            label=int(self._label_map[row["label"]]),  # -1 is the last entry of the map
+            start_s=0.0,
+            end_s=float(row["duration_s"]),
+            shard=path,
+            shard_bytes=shard["bytes"],
+            codec=header["codec"],
+            fps=header["fps"],
+            gop=header["gop"],
+            height=int(row["height"]),
+            width=int(row["width"]),
+            duration_s=float(row["duration_s"]),
+            decoder=bytes.fromhex(header["decoders"][int(row["decoder"])]),
+            video_at=int(row["video_at"]),
+            frame_offsets=self.index.frame_offsets(row),
+            sound_at=int(row["sound_at"]),
+            samples=int(row["samples"]),
+        )

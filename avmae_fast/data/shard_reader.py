@@ -1,0 +1,116 @@
+"""Read packed clips: one `pread` for the coded pictures of a window, one for its sound.
+
+Pictures go to the decoder as the index bounds them, so no container is parsed; decoders and open
+shards are kept for the life of the process, which is one of the loader's workers.
+"""
+
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avmae_fast.data.clip import (
+    AUDIO_RATE_HZ,
+    TIME_TOLERANCE_S,
+    ClipError,
+    ClipInfo,
+    Size,
+    check_times,
+    resize,
+    resized_shape,
+)
+from avmae_fast.data.pyav_guard import Guard
+from avmae_fast.data.shard_decode import h264_pictures, jpeg_to_rgb, to_rgb
+from avmae_fast.data.shard_file import open_shard
+from avmae_fast.data.shard_manifest import ShardRecord
+
+
+class ShardReader:
+    """One packed clip; see `ClipReader`."""
+
+    def __init__(self, record: ShardRecord) -> None:
+        self._record = record
+        self._guard = Guard(record.path)
+        self._shard = open_shard(record.shard, record.shard_bytes, record.path)
+        self.info = ClipInfo(
+            duration_s=record.duration_s,
+            height=record.height,
+            width=record.width,
+            fps=record.fps,
+            video_codec=record.codec,
+            audio_rate_hz=AUDIO_RATE_HZ if record.samples else 0,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing to do: the shard stays open for the next record."""
+
+    def read_video(self, times_s: NDArray[np.float64], size: Size) -> NDArray[np.uint8]:
+        """The pictures on display at `times_s`, uint8 [N, H, W, 3]; see `ClipReader`."""
+        check_times(times_s)
+        if times_s.size == 0:
+            return np.zeros((0, 0, 0, 3), np.uint8)
+        record = self._record
+        numbers = np.floor((times_s + TIME_TOLERANCE_S) * record.fps).astype(np.int64)
+        numbers = np.minimum(numbers, len(record.frame_offsets) - 2)
+        stored = np.empty((len(numbers), record.height, record.width, 3), np.uint8)
+        # A picture is decoded into the first row that wants it and copied to the others.
+        wanted, rows = np.unique(numbers, return_index=True)
+        with self._guard.errors("decode"):
+            self._decode(dict(zip(wanted.tolist(), rows.tolist(), strict=True)), stored)
+        first = rows[np.searchsorted(wanted, numbers)]
+        for row in np.flatnonzero(first != np.arange(len(numbers))):
+            stored[row] = stored[first[row]]
+        shape = (record.height, record.width)
+        if resized_shape(*shape, size) == shape:
+            return stored
+        return np.stack([resize(picture, size) for picture in stored])
+
+    def _decode(self, row_of: dict[int, int], out: NDArray[np.uint8]) -> None:
+        """Decode picture `number` to `out[row_of[number]]`, for each number."""
+        if self._record.codec == "mjpeg":
+            for number, data in self._coded(sorted(row_of)):
+                jpeg_to_rgb(data, out[row_of[number]])
+            return
+        coded = self._coded(_up_to(sorted(row_of), self._record.gop))
+        left = set(row_of)
+        for number, frame in h264_pictures(coded, self._record.decoder):
+            if number in left:
+                if frame.is_corrupt:
+                    raise ClipError("decode", self._record.path, f"picture {number} is damaged")
+                to_rgb(frame, out[row_of[number]])
+                left.remove(number)
+        if left:
+            raise ClipError("decode", self._record.path, f"no picture {min(left)}")
+
+    def _coded(self, numbers: list[int]) -> list[tuple[int, bytes]]:
+        """(number, bytes) of some coded pictures, ascending, fetched by one read."""
+        offsets = self._record.frame_offsets
+        first = int(offsets[numbers[0]])
+        count = int(offsets[numbers[-1] + 1]) - first
+        data = self._shard.read(self._record.video_at + first, count, self._record.path)
+        bounds = (offsets - first).tolist()
+        return [(number, data[bounds[number] : bounds[number + 1]]) for number in numbers]
+
+    def read_audio(self, start: int, samples: int) -> NDArray[np.int16]:
+        """16 kHz samples from number `start` of the clip on; see `ClipReader`."""
+        record = self._record
+        if not record.samples:
+            raise ClipError("no_audio", record.path, "there is no audio track")
+        out = np.zeros(samples, np.int16)
+        first, last = max(start, 0), min(start + samples, record.samples)
+        if first < last:
+            data = self._shard.read(record.sound_at + 2 * first, 2 * (last - first), record.path)
+            out[first - start : last - start] = np.frombuffer(data, "<i2")
+        return out
+
+
+def _up_to(wanted: list[int], gop: int) -> list[int]:
+    """The pictures to decode for those that are wanted: from each one's keyframe on."""
+    ends = {number // gop * gop: number + 1 for number in wanted}  # the last of a group wins
+    return [number for key in sorted(ends) for number in range(key, ends[key])]

@@ -1,0 +1,178 @@
+"""What a clip costs one core: raw mp4 by each reader, packed clips, and webdataset beside them.
+
+Every candidate returns the same windows: 16 pictures an eighth of a second apart from a random
+start, uint8 RGB with a short side of 256, and all 10 s of the sound as 16 kHz mono int16. They
+take turns in one process on one core, so that a busy moment hits all alike; what counts are the
+ratios. `webdataset` streams a tar of the raw files and decodes them by PyAV as its users do.
+"""
+
+import argparse
+import io
+import os
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.audio.resampler import AudioResampler
+from av.video.reformatter import VideoReformatter
+
+from avmae_fast.config import ConfigError
+from avmae_fast.data.clip import AUDIO_RATE_HZ
+from avmae_fast.data.manifest import Manifest, load_manifest
+from avmae_fast.data.pack import pack
+from avmae_fast.data.pack_clips import PackOptions
+from avmae_fast.data.readers import open_record, resolve_reader
+from avmae_fast.data.shard_encode import Codec
+from benchmarks import harness
+from benchmarks.data_clips import SECONDS, write_clips
+
+FPS, FRAMES, SHORT_SIDE = 8, 16, 256
+SAMPLES = SECONDS * AUDIO_RATE_HZ
+CODECS: tuple[Codec, ...] = ("h264", "mjpeg")
+
+Window = tuple[np.ndarray, np.ndarray]
+
+
+def starts(count: int) -> list[float]:
+    """Where the windows begin, in seconds: uniform over the ticks at which one fits."""
+    ticks = np.random.default_rng(0).integers(0, SECONDS * FPS - FRAMES + 1, count)
+    return [float(tick) / FPS for tick in ticks]
+
+
+def by_record(manifest: Manifest, reader: str) -> Iterator[Window]:
+    """The windows as the loader reads them, from media files or from shards."""
+    for record, start_s in zip(manifest, starts(len(manifest)), strict=True):
+        with open_record(record, reader) as clip:
+            video = clip.read_video(start_s + np.arange(FRAMES) / FPS, SHORT_SIDE)
+            yield video, clip.read_audio(0, SAMPLES)
+
+
+def by_webdataset(tar: Path, count: int) -> Iterator[Window]:
+    """The windows as a webdataset pipeline decodes them: frames in turn until the last wanted."""
+    import webdataset
+
+    dataset = webdataset.WebDataset(str(tar), shardshuffle=False)
+    for sample, start_s in zip(dataset, starts(count), strict=True):
+        with av.open(io.BytesIO(sample["mp4"])) as container:
+            video = _frames(container, start_s)
+        with av.open(io.BytesIO(sample["mp4"])) as container:
+            yield video, _sound(container)
+
+
+def _frames(container: Any, start_s: float) -> np.ndarray:
+    stream = container.streams.video[0]
+    stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+    times_s = list(start_s + np.arange(FRAMES) / FPS)
+    reformatter = VideoReformatter()
+    pictures: list[np.ndarray] = []
+    shown: Any = None
+    for frame in container.decode(stream):
+        while len(pictures) < FRAMES and times_s[len(pictures)] < frame.time - 1e-3:
+            rgb = reformatter.reformat(shown, format="rgb24", threads=1)
+            pictures.append(rgb.to_ndarray())
+        if len(pictures) == FRAMES:
+            break
+        shown = frame
+    while len(pictures) < FRAMES:
+        pictures.append(reformatter.reformat(shown, format="rgb24", threads=1).to_ndarray())
+    return np.stack(pictures)
+
+
+def _sound(container: Any) -> np.ndarray:
+    resampler = AudioResampler(format="s16", layout="mono", rate=AUDIO_RATE_HZ)
+    blocks = []
+    for frame in container.decode(audio=0):
+        blocks += resampler.resample(frame)
+    blocks += resampler.resample(None)
+    sound = np.concatenate([block.to_ndarray()[0] for block in blocks])[:SAMPLES]
+    return np.pad(sound, (0, SAMPLES - len(sound)))
+
+
+def candidates(folder: Path, count: int) -> dict[str, Callable[[], Iterator[Window]]]:
+    """Name and windows of each way to read the clips in `folder`, those not installed left out."""
+    paths = write_clips(folder, count)
+    raw = load_manifest(folder / "clips.csv")
+    found: dict[str, Callable[[], Iterator[Window]]] = {}
+    for reader in ("pyav", "torchcodec", "decord"):
+        try:
+            resolve_reader(reader)
+        except ConfigError as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        found[f"raw_{reader}"] = partial(by_record, raw, reader)
+    for codec in CODECS:
+        pack(folder / "clips.csv", folder / codec, PackOptions(codec=codec), jobs=1)
+        packed = load_manifest(folder / codec)
+        found[f"packed_{codec}"] = partial(by_record, packed, "pyav")
+    with tarfile.open(folder / "raw.tar", "w") as tar:
+        for path in paths:
+            tar.add(path, path.name)
+    found["webdataset"] = partial(by_webdataset, folder / "raw.tar", count)
+    return found
+
+
+def check(name: str, windows: list[Window], wanted: list[Window]) -> float:
+    """Mean difference of the pictures in levels; a fast wrong answer must not become a number."""
+    differences = []
+    for (video, sound), (expected, heard) in zip(windows, wanted, strict=True):
+        if video.shape != expected.shape or sound.shape != heard.shape:
+            raise harness.BenchmarkError(f"{name} gives {video.shape} and {sound.shape}")
+        differences.append(float(np.abs(video.astype(np.int16) - expected).mean()))
+        noise = np.abs(sound.astype(np.int32) - heard).mean()
+        if differences[-1] > 4 or noise > 0.05 * np.abs(heard.astype(np.int32)).mean() + 2:
+            raise harness.BenchmarkError(
+                f"{name} gives other windows: pictures differ by {differences[-1]:.1f} levels, "
+                f"sound by {noise:.1f}"
+            )
+    return float(np.mean(differences))
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    with tempfile.TemporaryDirectory() as folder:
+        ways = candidates(Path(folder), args.clips)
+        expected = list(ways["raw_pyav"]())
+        result: dict[str, Any] = {"clips": args.clips, "rounds": args.rounds}
+        for name, way in ways.items():
+            result[f"difference_{name}"] = check(name, list(way()), expected)
+        kilobytes: dict[str, int] = {
+            "raw": sum(path.stat().st_size for path in Path(folder).glob("*.mp4")),
+        }
+        for codec in CODECS:
+            shards = Path(folder, codec).glob("*.tar")
+            kilobytes[codec] = sum(path.stat().st_size for path in shards)
+        calls = {name: partial(_exhaust, way) for name, way in ways.items()}
+        timings = harness.time_interleaved(calls, repeats=args.rounds)
+    for name, timing in timings.items():
+        result[f"ms_{name}"] = timing.median_s / args.clips * 1e3
+        result[f"ms_{name}_least"] = timing.minimum_s / args.clips * 1e3
+    raw = timings["raw_pyav"]
+    for name, timing in timings.items():
+        result[f"ratio_{name.removeprefix('packed_')}"] = raw.median_s / timing.median_s
+    for name, size in kilobytes.items():
+        result[f"kilobytes_{name}"] = size / args.clips / 1e3
+    result["load"] = os.getloadavg()[0]
+    return result
+
+
+def _exhaust(way: Callable[[], Iterator[Window]]) -> None:
+    for _ in way():
+        pass
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = harness.parser(__doc__ or "")
+    options.add_argument("--clips", type=int, default=16, help="how many clips to make (16)")
+    options.add_argument("--rounds", type=int, default=9, help="how often each way is timed (9)")
+    return harness.run(options, measure, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
