@@ -1,7 +1,6 @@
 """The commands about data: pack, verify, stats."""
 
 import argparse
-import sys
 from typing import Any
 
 
@@ -59,9 +58,9 @@ def _pack(args: argparse.Namespace) -> int:
     with tqdm(desc="packing", unit="clip", disable=None) as bar:
 
         def announce(estimate: Estimate) -> None:
-            size, minutes = estimate.bytes / 2**30, estimate.seconds / 60
-            print(f"{estimate.clips} clips: about {size:.2f} GiB and {minutes:.0f} minutes")
-            sys.stdout.flush()
+            minutes = f"{estimate.seconds / 60:.0f} min" if estimate.seconds > 90 else "a minute"
+            size = estimate.bytes / 2**30
+            print(f"{estimate.clips} clips: about {size:.2f} GiB, {minutes}", flush=True)
             bar.total = estimate.clips
 
         def progress(done: Progress) -> None:

@@ -27,6 +27,7 @@ from avmae_fast.data.manifest import Manifest, ManifestError, load_manifest
 from avmae_fast.data.order import Order
 from avmae_fast.data.ring import Layout, Ring, Slots
 from avmae_fast.data.samples import SampleSpec
+from avmae_fast.data.shard_manifest import ShardManifest
 from avmae_fast.data.shared import free_memory
 from avmae_fast.data.workers import Pool, open_pool
 
@@ -354,6 +355,8 @@ def split_manifest(config: Config, split: Split) -> Manifest:
         ManifestError: a manifest cannot be used, or has no record of the split.
     """
     manifest = load_manifest(config.data.manifest)
+    if isinstance(manifest, ShardManifest):
+        manifest.warn_unless_fit(config.data)
     if split == "val" and config.data.val_manifest is not None:
         manifest = load_manifest(config.data.val_manifest, manifest.classes or None)
         marked = manifest.select("val")

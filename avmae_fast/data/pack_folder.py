@@ -80,12 +80,17 @@ def open_folder(
         _require_same(record, job, options)
         if not resume and not (folder / INDEX_NAME).exists():
             raise PackError(f"{folder} is packed in part: add --resume to go on, or delete it")
-    elif others := sorted(p.name for p in folder.iterdir() if p.name != _LOCK):
+    elif others := sorted(p.name for p in folder.iterdir() if not _is_ours(p.name)):
         raise PackError(f"{folder} is not a folder of packed clips: it holds {others[0]}")
     else:
         write_whole(record, json.dumps(job, indent=1, sort_keys=True).encode() + b"\n")
     for partial in folder.glob("*.partial-*"):
         partial.unlink()
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a job that was killed before its first write was done may have left this behind."""
+    return name == _LOCK or name.startswith(f"{_PACK}.partial-")
 
 
 def _require_same(record: Path, job: dict[str, Any], options: PackOptions) -> None:

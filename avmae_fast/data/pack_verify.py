@@ -83,10 +83,11 @@ def _check_record(
         found = members.pop(name, None)
         if found != (part.at - part.before, part.bytes + part.before):
             yield f"{path.name}: {name} is not where the index says"
-        elif part.checksum_of(file) != part.crc:
+        elif part.is_damaged(file):
             yield f"{path.name}: {name} is damaged: its checksum is wrong"
-    if members.pop(f"{key}.json", None) is None:
-        yield f"{path.name}: {key}.json is missing"
+    at, size = members.pop(f"{key}.json", (0, 0))
+    if _Part(at, size, 0, int(row["meta_crc"])).is_damaged(file):
+        yield f"{path.name}: {key}.json is missing or damaged"
     offsets = index.frame_offsets(row)
     if (np.diff(offsets) <= 0).any() or offsets[-1] > row["video_bytes"]:
         yield f"{path.name}: the pictures of {key} are not where the index says"
@@ -110,9 +111,9 @@ class _Part:
         size = 2 * int(row["samples"])
         return cls(int(row["sound_at"]), size, WAV_HEADER_BYTES, int(row["sound_crc"]))
 
-    def checksum_of(self, file: BinaryIO) -> int:
+    def is_damaged(self, file: BinaryIO) -> bool:
         file.seek(self.at)
-        return zlib.crc32(file.read(self.bytes))
+        return zlib.crc32(file.read(self.bytes)) != self.crc
 
 
 def _check_decodes(manifest: ShardManifest, number: int) -> Iterator[str]:

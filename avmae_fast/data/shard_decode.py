@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from types import ModuleType
 
 import av
@@ -17,6 +17,11 @@ av.logging.set_level(av.logging.PANIC)
 
 _reformatter = VideoReformatter()
 
+# Open decoders that the next clip can use, the longest unused first. There is one for each picture
+# size, and each keeps the memory of some pictures.
+_DECODERS: dict[bytes, VideoCodecContext] = {}
+_MOST_DECODERS = 8
+
 
 def h264_pictures(
     coded: Sequence[tuple[int, bytes]], decoder: bytes
@@ -25,22 +30,19 @@ def h264_pictures(
 
     The first one must be a keyframe, and none shown in another order than it is coded in.
     """
-    context = _h264_decoder(decoder)
-    try:
-        for number, data in coded:
-            packet = av.Packet(data)
-            packet.pts = number
-            for frame in context.decode(packet):
-                yield frame.pts, frame  # type: ignore[misc]
-    except av.FFmpegError:
-        _h264_decoder.cache_clear()
-        raise
-    # The next clip starts from nothing, without the cost of opening a decoder.
+    context = _DECODERS.pop(decoder, None) or _h264_decoder(decoder)
+    for number, data in coded:
+        packet = av.Packet(data)
+        packet.pts = number
+        for frame in context.decode(packet):
+            yield frame.pts, frame  # type: ignore[misc]
+    # One that has met damage, or was not asked for all, never comes here and is not used again.
     context.flush_buffers()
+    _DECODERS[decoder] = context
+    if len(_DECODERS) > _MOST_DECODERS:
+        _DECODERS.pop(next(iter(_DECODERS)))
 
 
-# One for each picture size, and each keeps the memory of some pictures.
-@lru_cache(maxsize=8)
 def _h264_decoder(extradata: bytes) -> VideoCodecContext:
     context = av.CodecContext.create("h264", "r")
     assert isinstance(context, VideoCodecContext)

@@ -31,7 +31,7 @@ _ALIGN = 64
 # One record. `clip` and `segment` say which row of the manifest and which part of it this is;
 # `video_at` and `sound_at` are bytes in the tar: of the video member, and of the first sample.
 # `frames + 1` offsets from number `first_offset` on bound the coded pictures inside the member.
-# The CRC-32 of a video is of the whole member, that of a sound of its samples.
+# The CRC-32 of a video or of the json is of the whole member, that of a sound of its samples.
 ROW = np.dtype(
     [
         ("clip", "<u4"),
@@ -50,6 +50,7 @@ ROW = np.dtype(
         ("video_crc", "<u4"),
         ("samples", "<u4"),
         ("sound_crc", "<u4"),
+        ("meta_crc", "<u4"),
         ("frames", "<u4"),
     ],
     align=False,

@@ -1,5 +1,6 @@
 """Packed clips as a manifest: every record is a byte range of a shard."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,11 +10,15 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from avmae_fast.config import DataConfig
 from avmae_fast.data.manifest import SPLITS, UNKNOWN_LABEL, Manifest, ManifestError, Record
 from avmae_fast.data.shard_index import Index, index_file, key_of, read_index
 
+# Windows whose pictures are off by less than this share of the packed interval look even.
+_UNEVEN = 1e-3
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class ShardRecord(Record):
     """A packed clip. `path` names it in messages: the shard and the key of its members.
 
@@ -73,6 +78,28 @@ class ShardManifest(Manifest):
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "index"}
+
+    def warn_unless_fit(self, data: DataConfig) -> None:
+        """Say in the log where packed pictures do not suit what a run wants of them."""
+        log, header = logging.getLogger(__name__), self.index.header
+        packed_s, wanted_s = 1 / header["fps"], data.stride / data.fps
+        if abs(wanted_s / packed_s - round(wanted_s / packed_s)) > _UNEVEN or wanted_s < packed_s:
+            log.warning(
+                "data.stride / data.fps asks for pictures every %.4g s, those of %s are %.4g s "
+                "apart, so motion will look uneven: pack with another --fps, or use data.fps=%g",
+                wanted_s,
+                self.source.parent,
+                packed_s,
+                header["fps"],
+            )
+        if data.short_side != header["short_side"]:
+            log.warning(
+                "pictures of %s have a short side of %d, data.short_side = %d: resizing them costs "
+                "more than decoding does",
+                self.source.parent,
+                header["short_side"],
+                data.short_side,
+            )
 
     def __len__(self) -> int:
         return len(self._chosen)

@@ -64,6 +64,7 @@ class ShardWriter:
             row["sound_at"] = self._member(f"{key}.wav", packed.sound) + WAV_HEADER_BYTES
             row["samples"] = (len(packed.sound) - WAV_HEADER_BYTES) // 2
             row["sound_crc"] = zlib.crc32(memoryview(packed.sound)[WAV_HEADER_BYTES:])
+        row["meta_crc"] = zlib.crc32(meta)
         self._member(f"{key}.json", meta)
         self._offsets.append(packed.offsets)
         self._offset_count += len(packed.offsets)
