@@ -97,9 +97,8 @@ def test_pictures_and_sound_of_the_file(raw, shards):
         with open_clip(record.path) as clip, open_record(packed) as ours:
             assert ours.info.duration_s == pytest.approx(clip.info.duration_s)
             # The picture on display at a time is that of the packed clock's last tick.
-            ticks = np.minimum(
-                np.floor((times_s + TIME_TOLERANCE_S) * FPS), len(packed.frame_offsets) - 2
-            )
+            ticks = np.floor((times_s + TIME_TOLERANCE_S) * FPS)
+            ticks = np.minimum(ticks, len(packed.frame_offsets) - 2)
             expected = clip.read_video(ticks / FPS, 64)
             found = ours.read_video(times_s, 64)
             assert _shown(found) == _shown(expected)
