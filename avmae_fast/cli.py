@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not isinstance(error, _input_errors()):
             raise
-        return _fail(error, _BAD_INPUT)
+        return _fail(error, getattr(error, "exit_code", _BAD_INPUT))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -54,9 +54,35 @@ def masking_table(result: Result | None) -> str:
     return table if result is None else f"{table}\n\nMeasured {_where(result)}."
 
 
+def data_table(result: Result | None) -> str:
+    rows = [
+        ("10 s clips of 340 x 256, 16 pictures and all sound", "clips/s, one core", "ratio", "kB")
+    ]
+    for label, key, stored in (
+        ("mp4, PyAV", "raw_pyav", "raw"),
+        ("mp4, torchcodec", "raw_torchcodec", "raw"),
+        ("mp4, decord", "raw_decord", "raw"),
+        ("mp4 in a tar, webdataset and PyAV", "webdataset", "raw"),
+        ("`avmae pack`", "packed_h264", "h264"),
+        ("`avmae pack --codec mjpeg`", "packed_mjpeg", "mjpeg"),
+    ):
+        if result is None or f"ms_{key}" not in result:
+            rows.append((label, NOT_MEASURED, NOT_MEASURED, NOT_MEASURED))
+            continue
+        ratio = result[f"ratio_{key.removeprefix('packed_')}"]
+        size = f"{result[f'kilobytes_{stored}']:.0f}"
+        rows.append((label, f"{1e3 / result[f'ms_{key}']:.0f}", f"{ratio:.1f}", size))
+    table = _table(rows)
+    if result is None:
+        return table
+    busy = f"; load of the machine {result['load']:.1f}" if result["load"] > 1.5 else ""
+    return f"{table}\n\nProcessor time {_where(result)}{busy}."
+
+
 TABLES: dict[str, Callable[[Result | None], str]] = {
     "demo": demo_table,
     "masking": masking_table,
+    "data": data_table,
 }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from avmae_fast.data.clip import ClipError
 from avmae_fast.data.manifest import FileManifest, load_manifest
-from avmae_fast.data.pack_clips import PackError, PackOptions, count_parts, pack_row
+from avmae_fast.data.pack_clips import DiskFullError, PackError, PackOptions, count_parts, pack_row
 from avmae_fast.data.pack_folder import block_state, finish, locked, open_folder
 from avmae_fast.data.pack_jobs import Job, Progress, pack_blocks
 from avmae_fast.data.shard_index import INDEX_NAME, Index, read_index
@@ -85,7 +85,7 @@ def pack(
             return _run(Job(folder, clips, options, os.getpid(), token), jobs, announce, progress)
     except OSError as error:
         if error.errno in _DISK_FULL:
-            raise PackError(_disk_full(folder)) from error
+            raise DiskFullError(_disk_full(folder)) from error
         raise PackError(f"{folder} cannot be written: {error}") from error
 
 
@@ -128,10 +128,10 @@ def _estimate(job: Job, left: list[int], jobs: int) -> Estimate:
 
 
 def _require_room(folder: Path, estimate: Estimate) -> None:
-    """Raise PackError if the shards would not fit, by the estimate."""
+    """Raise DiskFullError if the shards would not fit, by the estimate."""
     free = shutil.disk_usage(folder).free
     if estimate.bytes > free:
-        raise PackError(
+        raise DiskFullError(
             f"{folder} has {free / 2**30:.2f} GiB free, the shards need about "
             f"{estimate.bytes / 2**30:.2f} GiB: free {(estimate.bytes - free) / 2**30:.2f} GiB, or "
             "pack elsewhere, or with a larger --crf or smaller --short-side"

@@ -22,6 +22,12 @@ class PackError(ValueError):
     """Clips cannot be packed as asked; the text says what to do."""
 
 
+class DiskFullError(PackError):
+    """There is no room for the shards."""
+
+    exit_code = 73  # EX_CANTCREAT
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackOptions:
     """How clips are stored. Checked on creation; raises PackError.
