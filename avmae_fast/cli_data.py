@@ -1,6 +1,7 @@
 """The commands about data: pack, verify, stats."""
 
 import argparse
+import sys
 from typing import Any
 
 
@@ -67,15 +68,14 @@ def _pack(args: argparse.Namespace) -> int:
             bar.set_postfix_str(f"{done.bytes / 2**30:.2f} GiB, {done.failed} failed", False)
             bar.update(done.clips - bar.n)
 
-        index = pack(
-            args.manifest,
-            args.out,
-            PackOptions(**given),
-            jobs=args.jobs,
-            resume=args.resume,
-            announce=announce,
-            progress=progress,
-        )
+        options, how = PackOptions(**given), {"jobs": args.jobs, "resume": args.resume}
+        try:
+            index = pack(
+                args.manifest, args.out, options, **how, announce=announce, progress=progress
+            )
+        except KeyboardInterrupt:
+            print("finished shards are kept; --resume goes on after them", file=sys.stderr)
+            raise
     header = index.header
     size = sum(shard["bytes"] for shard in header["shards"])
     print(

@@ -275,6 +275,13 @@ def test_disk_full(clips, packed, tmp_path, jobs):
     assert _contents(tmp_path) == _contents(packed)
 
 
+def test_disk_full_has_an_exit_code(clips, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert main(["pack", str(clips / "clips.csv"), str(tmp_path), "-j", "1"]) == 73
+    assert "GiB free, the shards need about" in capsys.readouterr().err
+
+
 def test_disk_full_at_the_last_write(clips, tmp_path, monkeypatch):
     def full(path, data):
         raise OSError(errno.ENOSPC, "No space left on device")
