@@ -55,7 +55,7 @@ def masking_table(result: Result | None) -> str:
 
 
 def data_table(result: Result | None) -> str:
-    rows = [("16 pictures of 340 x 256, 10 s of sound", "clips/s, one core", "ratio", "kB a clip")]
+    rows = [("16 pictures of 224 x 224, 10 s of sound", "clips/s, one core", "ratio", "kB a clip")]
     for label, key, stored in (
         ("mp4, PyAV", "raw_pyav", "raw"),
         ("mp4, torchcodec", "raw_torchcodec", "raw"),

@@ -53,29 +53,25 @@ def _h264_decoder(extradata: bytes) -> VideoCodecContext:
     return context
 
 
-def to_rgb(frame: VideoFrame, out: NDArray[np.uint8]) -> None:
-    """Write a frame to `out`, [H, W, 3] of the frame's own size."""
-    height, width = out.shape[:2]
-    if (frame.height, frame.width) != (height, width):
-        raise ValueError(f"a picture of {frame.height} x {frame.width}, not {height} x {width}")
-    rgb = _reformatter.reformat(frame, format="rgb24", threads=1)
-    (plane,) = rgb.planes
-    # Lines in FFmpeg's buffers are padded. One copy: to_ndarray would make another.
-    lines = np.frombuffer(memoryview(plane), np.uint8).reshape(height, plane.line_size)
-    out[:] = lines[:, : 3 * width].reshape(height, width, 3)
+def rgb(frame: VideoFrame) -> NDArray[np.uint8]:
+    """A frame as RGB, uint8 [H, W, 3]: a view of FFmpeg's buffer, whose lines are padded."""
+    converted = _reformatter.reformat(frame, format="rgb24", threads=1)
+    (plane,) = converted.planes
+    lines = np.frombuffer(memoryview(plane), np.uint8).reshape(frame.height, plane.line_size)
+    return lines[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
 
 
-def jpeg_to_rgb(data: bytes, out: NDArray[np.uint8]) -> None:
-    """Decode a JPEG into `out`, [H, W, 3] of its own size. Raises ValueError where it is damaged.
+def jpeg_rgb(data: bytes) -> NDArray[np.uint8]:
+    """A JPEG as RGB, uint8 [H, W, 3]. Raises ValueError where it is damaged.
 
     Chroma is repeated, not interpolated, as FFmpeg does for video.
     """
     simplejpeg = _simplejpeg()
     if simplejpeg is None:
         (frame,) = _jpeg_decoder().decode(av.Packet(data))
-        to_rgb(frame, out)
-        return
-    simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True, buffer=out)
+        return rgb(frame)
+    picture: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True)
+    return picture
 
 
 @cache

@@ -18,9 +18,10 @@ from avmae_fast.data.clip import (
     check_times,
     resize,
     resized_shape,
+    stacked,
 )
 from avmae_fast.data.pyav_guard import Guard
-from avmae_fast.data.shard_decode import h264_pictures, jpeg_to_rgb, to_rgb
+from avmae_fast.data.shard_decode import h264_pictures, jpeg_rgb, rgb
 from avmae_fast.data.shard_file import open_shard
 from avmae_fast.data.shard_manifest import ShardRecord
 
@@ -52,41 +53,42 @@ class ShardReader:
 
     def read_video(self, times_s: NDArray[np.float64], size: Size) -> NDArray[np.uint8]:
         """The pictures on display at `times_s`, uint8 [N, H, W, 3]; see `ClipReader`."""
+        return stacked(self.read_pictures(times_s, size))
+
+    def read_pictures(self, times_s: NDArray[np.float64], size: Size) -> list[NDArray[np.uint8]]:
+        """The pictures on display at `times_s`, N of uint8 [H, W, 3]; see `ClipReader`."""
         check_times(times_s)
         if times_s.size == 0:
-            return np.zeros((0, 0, 0, 3), np.uint8)
+            return []
         record = self._record
         numbers = np.floor((times_s + TIME_TOLERANCE_S) * record.fps).astype(np.int64)
-        numbers = np.minimum(numbers, len(record.frame_offsets) - 2)
-        stored = np.empty((len(numbers), record.height, record.width, 3), np.uint8)
-        # A picture is decoded into the first row that wants it and copied to the others.
-        wanted, rows = np.unique(numbers, return_index=True)
+        wanted = np.minimum(numbers, len(record.frame_offsets) - 2).tolist()
         with self._guard.errors("decode"):
-            self._decode(dict(zip(wanted.tolist(), rows.tolist(), strict=True)), stored)
-        first = rows[np.searchsorted(wanted, numbers)]
-        for row in np.flatnonzero(first != np.arange(len(numbers))):
-            stored[row] = stored[first[row]]
+            decoded = self._decode(sorted(set(wanted)))
         shape = (record.height, record.width)
-        if resized_shape(*shape, size) == shape:
-            return stored
-        return np.stack([resize(picture, size) for picture in stored])
+        for number, picture in decoded.items():
+            if picture.shape[:2] != shape:
+                detail = f"picture {number} is {picture.shape[:2]}, not {shape}"
+                raise ClipError("decode", record.path, detail)
+        if resized_shape(*shape, size) != shape:
+            decoded = {n: resize(np.ascontiguousarray(p), size) for n, p in decoded.items()}
+        return [decoded[number] for number in wanted]
 
-    def _decode(self, row_of: dict[int, int], out: NDArray[np.uint8]) -> None:
-        """Decode picture `number` to `out[row_of[number]]`, for each number."""
-        if self._record.codec == "mjpeg":
-            for number, data in self._coded(sorted(row_of)):
-                jpeg_to_rgb(data, out[row_of[number]])
-            return
-        coded = self._coded(_up_to(sorted(row_of), self._record.gop))
-        left = set(row_of)
-        for number, frame in h264_pictures(coded, self._record.decoder):
+    def _decode(self, wanted: list[int]) -> dict[int, NDArray[np.uint8]]:
+        """Some pictures by their numbers, which are ascending."""
+        record = self._record
+        if record.codec == "mjpeg":
+            return {number: jpeg_rgb(data) for number, data in self._coded(wanted)}
+        left, pictures = set(wanted), {}
+        coded = self._coded(_up_to(wanted, record.gop))
+        for number, frame in h264_pictures(coded, record.decoder):
             if number in left:
                 if frame.is_corrupt:
-                    raise ClipError("decode", self._record.path, f"picture {number} is damaged")
-                to_rgb(frame, out[row_of[number]])
-                left.remove(number)
-        if left:
-            raise ClipError("decode", self._record.path, f"no picture {min(left)}")
+                    raise ClipError("decode", record.path, f"picture {number} is damaged")
+                pictures[number] = rgb(frame)
+        if len(pictures) < len(left):
+            raise ClipError("decode", record.path, f"no picture {min(left - set(pictures))}")
+        return pictures
 
     def _coded(self, numbers: list[int]) -> list[tuple[int, bytes]]:
         """(number, bytes) of some coded pictures, ascending, fetched by one read."""
