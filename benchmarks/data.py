@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,10 +154,22 @@ def check(name: str, windows: list[Window], wanted: list[Window]) -> float:
     return float(np.mean(differences))
 
 
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """Keep this process on one core, where the system can."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    with tempfile.TemporaryDirectory() as folder:
+    with _one_core(), tempfile.TemporaryDirectory() as folder:
         ways = candidates(Path(folder), args.clips)
         expected = kept(ways["raw_pyav"])
         result: dict[str, Any] = {"clips": args.clips, "rounds": args.rounds}
