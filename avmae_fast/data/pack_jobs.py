@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -31,6 +33,9 @@ _BLOCKS = 256
 _BLOCK_ROWS = (16, 1024)
 # A block of long videos is cut into several shards of about this many bytes.
 _SHARD_BYTES = 1 << 30
+
+# How often a process looks whether its parent is still there.
+_PARENT_CHECK_S = 0.5
 
 _Item = tuple[Listed, int, Segment | None, Packed | ClipError]
 
@@ -129,7 +134,7 @@ def _pack_in_pool(
     # Spawned, not forked: the caller may run threads.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
-        jobs, mp_context=context, initializer=_start_process, initargs=(shared,)
+        jobs, mp_context=context, initializer=_start_process, initargs=(shared, job.parent)
     )
     try:
         pending: set[Future[None]] = {pool.submit(_pack_in_process, job, b) for b in blocks}
@@ -154,12 +159,20 @@ def _pack_in_pool(
 _counts: _Counts | None = None
 
 
-def _start_process(shared: Any) -> None:
+def _start_process(shared: Any, parent: int) -> None:
     """One thread, and Ctrl-C, which reaches the whole process group, left to the parent."""
     global _counts
     _counts = _Counts(shared)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent was killed: it would wait for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(_PARENT_CHECK_S)
+    os._exit(1)
 
 
 def _pack_in_process(job: Job, block: int) -> None:
