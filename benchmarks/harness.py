@@ -48,7 +48,7 @@ def time_interleaved(
     for _ in range(repeats):
         for name, candidate in candidates.items():
             seconds[name].append(_time(candidate, calls[name]) / calls[name])
-    return {name: _summary(values) for name, values in seconds.items()}
+    return {name: summary(values) for name, values in seconds.items()}
 
 
 def _time(candidate: Callable[[], object], calls: int) -> float:
@@ -67,7 +67,8 @@ def _calls_in(candidate: Callable[[], object], sample_s: float) -> int:
     return calls
 
 
-def _summary(seconds: list[float]) -> Timing:
+def summary(seconds: list[float]) -> Timing:
+    """Median, quartiles and minimum of samples."""
     lower, median, upper = np.quantile(seconds, [0.25, 0.5, 0.75])
     return Timing(float(median), float(lower), float(upper), min(seconds))
 
@@ -156,7 +157,7 @@ def run(
     args = options.parse_args(argv)
     try:
         if args.json is not None:
-            _check_writable(args.json)
+            check_writable(args.json)
         result = measure(args)
         for name, value in result.items():
             print(f"{name:24s} {value:.4g}" if isinstance(value, float) else f"{name:24s} {value}")
@@ -168,7 +169,7 @@ def run(
     return 0
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Before minutes of measuring, not after."""
     if path.is_dir():
         raise BenchmarkError(f"--json {path} is a folder; name a file in it")
