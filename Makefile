@@ -11,7 +11,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo    make synthetic clips, pretrain on them for some minutes, write a report"
 	@echo "make test    run the tests"
-	@echo "make gpu     run the tests of the kernels on this machine's GPU"
+	@echo "make gpu     test the kernels on this machine's GPU, then measure; STAGE=tests: test alone"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove the virtual environment, build products and the demo's files"
 
@@ -39,8 +39,11 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
 
 # Runs in the environment of PYTHON as it is: a GPU machine brings its own torch and Triton.
+# STAGE names stages (tests rivals step kernels peers largest ablation), each of at most eight
+# minutes; without it all run, in this order, and those that have finished are not run again.
 gpu:
-	PYTHONPATH=.:kernels AVMAE_REQUIRE_GPU=1 $(PYTHON) -m pytest -m gpu tests/gpu $(TEST_ARGS)
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.stages $(if $(STAGE),--stage $(STAGE)) \
+	  $(if $(RESULTS),--results $(RESULTS)) $(GPU_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

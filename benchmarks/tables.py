@@ -1,14 +1,14 @@
-"""Write the tables of README.md from the saved results, so that no figure is typed.
+"""Write the tables of README.md and benchmarks/README.md from saved results: no figure is typed.
 
 A table stands between `<!-- NAME -->` and `<!-- /NAME -->`. What no saved result holds says "not
-measured". `python -m benchmarks.tables` rewrites the file, `--check` only says whether it would.
+measured". `python -m benchmarks.tables` rewrites both files, `--check` only says whether it would.
 """
 
 import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,18 @@ def newest(name: str) -> Result | None:
     return max(found, key=lambda result: result["date"], default=None)
 
 
+def results_of(benchmark: str, root: Path = RESULTS) -> list[Result]:
+    """Every saved result of a benchmark on a GPU, oldest first."""
+    found = [json.loads(path.read_text()) for path in root.glob(f"*/{benchmark}*.json")]
+    on_gpu = [r for r in found if r.get("benchmark") == benchmark and r.get("gpu", "cpu") != "cpu"]
+    return sorted(on_gpu, key=lambda result: result["date"])
+
+
 def demo_table(result: Result | None) -> str:
     rows = [("", "after the demo", "what it must beat")]
     if result is None:
         rows.append((NOT_MEASURED, NOT_MEASURED, NOT_MEASURED))
-        return _table(rows)
+        return table(rows)
     for m in ("video", "audio"):
         mean = f"{result[f'{m}_mean_mse']:.3f}, the training set's mean at each position"
         rows.append((f"squared error, masked {m} patches", f"{result[f'{m}_mse']:.3f}", mean))
@@ -39,7 +46,7 @@ def demo_table(result: Result | None) -> str:
         f"{result['held_out_clips']} held-out clips; {result['steps']:,} steps of a model of "
         f"{result['parameters'] / 1e6:.1f} M parameters in {result['minutes']:.1f} minutes "
     )
-    return f"{_table(rows)}\n\n{text}{_where(result)}."
+    return f"{table(rows)}\n\n{text}{_where(result)}."
 
 
 def masking_table(result: Result | None) -> str:
@@ -50,8 +57,8 @@ def masking_table(result: Result | None) -> str:
         ("torch `rand().argsort()`", "torch_us_median"),
     ):
         rows.append((label, NOT_MEASURED if result is None else f"{result[key]:.1f}"))
-    table = _table(rows)
-    return table if result is None else f"{table}\n\nMeasured {_where(result)}."
+    text = table(rows)
+    return text if result is None else f"{text}\n\nMeasured {_where(result)}."
 
 
 def data_table(result: Result | None) -> str:
@@ -89,34 +96,41 @@ def _where(result: Result) -> str:
     return f"on {machine['cores']} cores of an {machine['processor']} ({result['date'][:10]})"
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
+def table(rows: Sequence[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
     return "\n".join(lines)
 
 
 def filled(text: str) -> str:
-    """`text` with every table made from the newest results."""
-    for name, make in TABLES.items():
+    """README.md's `text` with every table made from the newest results."""
+    return with_blocks(text, {name: make(newest(name)) for name, make in TABLES.items()})
+
+
+def with_blocks(text: str, blocks: Mapping[str, str]) -> str:
+    """`text` with what stands between the markers of each name replaced."""
+    for name, new in blocks.items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not block.search(text):
             raise ValueError(f"README.md has no block <!-- {name} --> ... <!-- /{name} -->")
-        table = make(newest(name))
-        text = block.sub(lambda match, t=table: f"{match[1]}{t}\n{match[2]}", text)  # type: ignore[misc]
+        text = block.sub(lambda match, t=new: f"{match[1]}{t}\n{match[2]}", text)  # type: ignore[misc]
     return text
 
 
 def main(argv: list[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--check", action="store_true", help="exit with 1 if README.md is behind")
+    options.add_argument("--check", action="store_true", help="exit with 1 if one is behind")
     args = options.parse_args(argv)
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    new = filled(text)
-    if args.check:
-        return int(new != text)
-    readme.write_text(new)
-    return 0
+    from benchmarks import page
+
+    behind = False
+    for path, fill in ((ROOT / "README.md", filled), (page.PATH, page.filled)):
+        text = path.read_text()
+        new = fill(text)
+        behind |= new != text
+        if not args.check:
+            path.write_text(new)
+    return int(args.check and behind)
 
 
 if __name__ == "__main__":
