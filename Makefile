@@ -42,6 +42,8 @@ test-slow: $(STAMP)
 # STAGE names stages (tests rivals step kernels peers largest ablation), each of at most eight
 # minutes; without it all run, in this order, and those that have finished are not run again.
 gpu:
+	@PYTHONPATH=kernels $(PYTHON) -c 'import avmae_kernels._C' 2>/dev/null || \
+	  $(PYTHON) setup.py -q build_ext --inplace || true
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.stages $(if $(STAGE),--stage $(STAGE)) \
 	  $(if $(RESULTS),--results $(RESULTS)) $(GPU_ARGS)
 

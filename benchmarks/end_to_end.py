@@ -27,7 +27,6 @@ from avmae_fast.config import Config, DataConfig, ModelConfig, TrainConfig
 from avmae_fast.data.loader import Batch, ClipLoader
 from avmae_fast.data.manifest import load_manifest
 from avmae_fast.data.readers import read_clip
-from avmae_fast.data.synth import synthesise
 from avmae_fast.data.windows import waveform_samples
 from avmae_kernels.logmel import log_mel
 from benchmarks import device as devices
@@ -145,6 +144,10 @@ def _clips(folder: Path, args: argparse.Namespace) -> Path:
     """Synthetic clips in files like those of a data set: 10 s of H.264 at 25 frames a second."""
     side, count = (40, 4) if args.tiny else (340, args.clips)
     seconds = 2.0 if args.tiny else 10.0
+    try:
+        from avmae_fast.data.synth import synthesise
+    except ImportError as error:
+        raise BenchmarkError(f"media files are written with PyAV ({error}): install av") from error
     return synthesise(folder, clips=count, seconds=seconds, size=side, workers=args.workers or 1)
 
 

@@ -86,7 +86,7 @@ def environment() -> dict[str, Any]:
             else os.cpu_count(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
-        "versions": {"python": platform.python_version(), **_versions("numpy", "torch", "triton")},
+        "versions": {"python": platform.python_version(), **versions("numpy", "torch", "triton")},
     }
 
 
@@ -99,7 +99,8 @@ def _processor() -> str:
     return models[0] if models else platform.processor()
 
 
-def _versions(*packages: str) -> dict[str, str | None]:
+def versions(*packages: str) -> dict[str, str | None]:
+    """The installed version of each package, None where there is none."""
     found: dict[str, str | None] = {}
     for package in packages:
         try:
@@ -110,14 +111,17 @@ def _versions(*packages: str) -> dict[str, str | None]:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree, `-dirty` added if files differ from it; None outside git."""
+    """The commit of the source tree, `-dirty` added if files differ from it.
+
+    Outside git what AVMAE_COMMIT says, or None.
+    """
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         result = subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("AVMAE_COMMIT")
     return result.stdout.strip()
 
 

@@ -65,6 +65,8 @@ def one_case(
     except Exception as error:
         result.skip(error, **names)
     finally:
+        # Torch compiles one function for so many shapes only, then runs it uncompiled.
+        torch.compiler.reset()
         devices.release(result.device)
 
 

@@ -104,8 +104,11 @@ def cpu_table(result: Result | None) -> str:
         values = (f"{row['ms']:.3g}", f"{row['times_ours']:.2f}")
         rows.append((row["what"], row["candidate"], *values))
     machine = result["machine"]
-    where = f"Measured on an {machine['processor']} ({result['date'][:10]})."
-    return f"{_with_misses(rows, [result], ('what', 'candidate'))}\n\n{where}"
+    where = f"Measured on {machine['cores']} cores of an {machine['processor']} "
+    where += f"({result['date'][:10]})"
+    if (load := result.get("load_average", 0.0)) > machine["cores"]:
+        where += f", busy with other work (load average {load:.1f}): ratios hold, times do not"
+    return f"{_with_misses(rows, [result], ('what', 'candidate'))}\n\n{where}."
 
 
 def plots_block() -> str:

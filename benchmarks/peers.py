@@ -20,7 +20,7 @@ from avmae_fast.config import ENCODER_SIZES, ModelConfig, StackConfig, VideoConf
 from avmae_fast.models import AudiovisualMAE, Encoder, TokenMask
 from avmae_kernels.masking import MaskSpec, sample_masks
 from benchmarks import device as devices
-from benchmarks import results, timing
+from benchmarks import harness, results, timing
 from benchmarks.kernel_cases import Unavailable
 from benchmarks.roofline_ops import Tokens, tokens_of
 from benchmarks.step_rows import autocast
@@ -205,6 +205,7 @@ def _stepper(built: Built, device: torch.device) -> timing.Call:
 def measure(args: argparse.Namespace, result: results.Result, deadline: results.Deadline) -> None:
     device = result.device
     fast = device.type == "cuda"
+    result.extra["peer_versions"] = harness.versions("transformers", "timm")
     for contest in contests(args.model, args.tiny):
         batch = 2 if args.tiny else args.batch
         count: Tokens = tokens_of(contest.config, "video")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shlex
 import sys
 import time
@@ -67,8 +68,10 @@ def reason(error: BaseException) -> str:
     if devices.out_of_memory(error):
         return "out of memory"
     text = str(error).strip() or "no message"
-    # torch.compile's errors run over pages, their first line says what is the matter.
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}"
+    # torch.compile's errors run over pages, their first line says what is the matter. Where this
+    # machine keeps its files is nobody's business.
+    first = re.sub(r"(?<!\w)(/[^\s/:]+)+/", "", text.splitlines()[0])
+    return f"{type(error).__name__}: {first[:300]}"
 
 
 def line(row: Row) -> str:

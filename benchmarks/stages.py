@@ -8,11 +8,13 @@ name, or several) runs only that; `--force` runs it anew.
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -58,12 +60,16 @@ JOBS: tuple[Job, ...] = (
     _job("step", "step-B-audioset-128", "--model B --profile", f"--model B --profile {_STEP}"),
     _job("kernels", "kernels-memory", "--op add_layer_norm bias_gelu patch_embed_visible "
          "assemble_decoder reconstruction_loss", "--op bias_gelu --no-compile"),
-    _job("kernels", "kernels-attention", "--op attention --write-table",
+    _job("kernels", "kernels-attention", "--op attention --no-compile --write-table",
          "--op attention --no-compile"),
+    Job("kernels", "kernels-attention-compiled", "kernels",
+        ("--op", "attention", "--shape", "306 tokens, head_dim 64", "2064 tokens, head_dim 64"),
+        ("--op", "attention", "--no-compile")),
     _job("peers", "peers-B", "--model B", "--model B --compiler eager"),
     _job("peers", "end_to_end-B-audioset", "--model B",
          "--workers 0 --steps 1 --warm-up 1 --short-side 40 --compiler eager"),
-    _job("largest", "step-L-audioset-largest", "--model L --largest --rival-mode default",
+    _job("largest", "step-L-audioset-largest",
+         "--model L --rows A C B+ B --largest --rival-mode default",
          f"--model L --largest {_STEP}"),
     _job("largest", "step-B-vggsound-128", "--model B --dataset vggsound --rival-mode default",
          f"--model B --dataset vggsound {_STEP}"),
@@ -105,7 +111,12 @@ def run_job(job: Job, folder: Path, device: str, tiny: bool, left_s: float) -> b
     began = time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(
-            words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+            words,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            start_new_session=True,
         )
         code = _tee(process, file, began + left_s)
     print(f"== {job.result or job.stage}: exit code {code}, {time.monotonic() - began:.0f} s")
@@ -116,7 +127,13 @@ def run_job(job: Job, folder: Path, device: str, tiny: bool, left_s: float) -> b
 
 def _tee(process: subprocess.Popen[str], file: TextIO, end: float) -> int:
     """Show and keep what a process prints; end it when the time is up."""
-    stop = threading.Timer(max(0.1, end - time.monotonic()), process.kill)
+
+    def kill() -> None:
+        # With the compilers and loaders it started, which hold the pipe open.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    stop = threading.Timer(max(0.1, end - time.monotonic()), kill)
     stop.start()
     try:
         assert process.stdout is not None
@@ -126,6 +143,8 @@ def _tee(process: subprocess.Popen[str], file: TextIO, end: float) -> int:
         return process.wait()
     finally:
         stop.cancel()
+        if process.poll() is None:
+            kill()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

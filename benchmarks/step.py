@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from avmae_kernels.attention_backends import BACKENDS
+from avmae_kernels import masking
+from avmae_kernels.attention_backends import BACKENDS, describe
 from benchmarks import ceilings, put_back, results
 from benchmarks import device as devices
 from benchmarks.harness import BenchmarkError, summary
@@ -62,6 +63,8 @@ def measure(args: argparse.Namespace, result: results.Result, deadline: results.
         raise BenchmarkError(f"--rows {' '.join(unknown)} not known: choose from {' '.join(ROWS)}")
     result.extra["matmul_flops_per_s"] = ceilings.matmul_ceiling(device, args.tiny)
     result.extra |= {"ablation": [], "largest": [], "profile": {}}
+    result.extra["masks_by"] = masking.implementation().__name__
+    result.extra["attention_by"] = describe(device)
     for batch in args.batch:
         work = Workload(args.model, args.dataset, batch, device, args.tiny, compiler=args.compiler)
         one_batch(args, result, deadline, work)
@@ -100,6 +103,7 @@ def one_batch(
     for entry in kept:
         result.add(**names, **figures(entry, work, result.extra["matmul_flops_per_s"]))
         entry.drop()
+    _forget(work.device)
     if args.ablation:
         _ladder(result, deadline, truth, hosts, args, names)
     if args.largest:
@@ -148,6 +152,13 @@ def _again(entry: Entry, work: Workload, hosts: list[HostBatch], steps: int) -> 
     _sample(entry, hosts, steps)
     entry.row.park(torch.device("cpu"))
     _collect(work.device)
+
+
+def _forget(device: torch.device) -> None:
+    """Drop compiled code: a captured graph keeps its memory, and torch compiles one function for
+    so many shapes only before it gives up."""
+    torch.compiler.reset()
+    _collect(device)
 
 
 def _collect(device: torch.device) -> None:
@@ -245,6 +256,7 @@ def _ladder(
             found = figures(done, truth.work, result.extra["matmul_flops_per_s"])
             result.extra["ablation"].append({**names, "variant": found.pop("row"), **found})
             done.drop()
+        _forget(result.device)
         result.save()
     _promote_rival(result, names)
 
@@ -338,7 +350,7 @@ def _fits(work: Workload, name: str, rival_mode: str, batch: int) -> bool:
         if row is not None:
             row.close()
         del row
-        _collect(work.device)
+        _forget(work.device)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from avmae_fast.config import Modality
-from avmae_fast.models import AudiovisualMAE
+from avmae_fast.models import AudiovisualMAE, TokenMask
 from avmae_fast.models.blocks import set_checkpoint
 from avmae_fast.models.memory import Checkpoint
 from avmae_fast.reference import ReferenceMAE
-from avmae_fast.reference.masking import Mask, masked_count
+from avmae_fast.reference.masking import masked_count
 from avmae_fast.train.inputs import InputStage
 from avmae_fast.train.optim import ReleasedAdamW, parameter_groups
 from benchmarks.put_back import Part
@@ -94,14 +94,18 @@ def autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
-def random_masks(work: Workload) -> dict[Modality, Mask]:
-    """Masks by a sort of random numbers on the device, as everybody draws them."""
-    masks: dict[Modality, Mask] = {}
+def random_masks(work: Workload) -> Masks:
+    """Masks by a sort of random numbers on the device, as everybody draws them.
+
+    Of one type and layout with those of the check, so that nothing is compiled a second time.
+    """
+    masks: Masks = {}
     for m in work.model.modalities:
         spec = work.model.input(m)
         order = torch.rand(work.batch, spec.tokens, device=work.device).argsort(dim=1)
         count = masked_count(spec.tokens, spec.mask_ratio)
-        masks[m] = Mask(visible=order[:, count:], masked=order[:, :count])
+        visible, masked = order[:, count:].contiguous(), order[:, :count].contiguous()
+        masks[m] = TokenMask(visible, masked)
     return masks
 
 
@@ -129,7 +133,8 @@ class RivalRow(Row):
     """B+, compiled in one of `RIVAL_MODES`."""
 
     def __init__(self, work: Workload, mode: str = RIVAL_MODES[0]) -> None:
-        model = RivalMAE(work.model)
+        with torch.device(work.device):
+            model = RivalMAE(work.model)
         super().__init__(work, model)
         self.note = f"torch.compile mode {mode}"
         # Only where graphs are captured do last step's outputs live in memory that is taken anew.
@@ -141,12 +146,6 @@ class RivalRow(Row):
         kernels, others = (group["params"] for group in parameter_groups(self.model))
         groups = [{"params": kernels}, {"params": others, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=_RATE, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-
-    def close(self) -> None:
-        super().close()
-        if self._graphs:
-            # A captured graph keeps its memory for as long as its code is cached.
-            torch.compiler.reset()
 
     def loss(self, host: HostBatch, coming: HostBatch, masks: Masks | None = None) -> Tensor:
         video, audio = self._prefetcher.take(_uint8(host), _uint8(coming))

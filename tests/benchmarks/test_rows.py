@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from avmae_fast.config import ModelConfig
 from avmae_fast.models import blocks
@@ -66,6 +67,21 @@ def test_every_variant_is_the_engine(name: str, truth: Truth) -> None:
         assert "cannot run" in str(error)  # a back end that wants a GPU or a package
         assert "attention by" in name
     assert blocks.packed_attention is packed_attention
+
+
+@pytest.mark.parametrize("name", ["B", "B+"])
+def test_nothing_is_compiled_twice(name: str, truth: Truth) -> None:
+    """Minutes on a GPU: the timed steps must run what the check compiled."""
+    torch.compiler.reset()
+    counters.clear()
+    row = build(name, truth.work)
+    truth.check(row)
+    compiled = dict(counters["stats"])
+    assert compiled["unique_graphs"] >= 1
+    row.step(truth.host, truth.host)
+    row.park(CPU)
+    row.step(truth.host, truth.host)
+    assert dict(counters["stats"]) == compiled
 
 
 def test_a_wrong_gradient_is_not_timed(truth: Truth) -> None:

@@ -141,4 +141,5 @@ def test_groups_of_kernels(kernel: str, group: str) -> None:
 def test_errors_become_one_line() -> None:
     assert results.reason(RuntimeError("first\nsecond")) == "RuntimeError: first"
     assert results.reason(torch.OutOfMemoryError("CUDA out of memory.")) == "out of memory"
+    assert results.reason(OSError("no /opt/x/lib/a.so: 1/2")) == "OSError: no a.so: 1/2"
     assert results.reason(ValueError("")) == "ValueError: no message"
