@@ -186,7 +186,7 @@ def predict(gpu: Gpu, size: str, dataset: str, batch: int, name: Name) -> Predic
     groups["launches"] = 1e3 * _GAP_S[name] * sum(op.calls for op in ops)
     seconds = sum(groups.values()) / 1e3
     # Rows with a copy stream wait only for what does not fit under the step before.
-    exposed = max(0.0, copied - seconds) if name in ("B+", "C+") else copied
+    exposed = max(0.0, copied - seconds) if name in ("B+", "C", "C+") else copied
     groups["copy from the host, not hidden"] = 1e3 * exposed
     seconds += exposed
     fixed, a_clip = memory(model, name)

@@ -3,13 +3,14 @@
 A   the reference in eager PyTorch: float inputs copied as they come, SDPA as torch chooses it.
 B   the same under torch.compile.
 B+  `benchmarks.rival`, compiled with autotuning; see there.
-C   the engine through its public parts: `InputStage`, `AudiovisualMAE`, `ReleasedAdamW`.
+C   the engine through its public parts: `InputStage.ahead`, `AudiovisualMAE`, `ReleasedAdamW`.
 
 Every row starts from the same weights, works under bf16 autocast on a GPU and float32 on a CPU, and
 takes a plain step: no gradient norm, no value read back.
 """
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from avmae_fast.config import Modality
+from avmae_fast.data.loader import Batch
 from avmae_fast.models import AudiovisualMAE, TokenMask
 from avmae_fast.models.blocks import set_checkpoint
 from avmae_fast.models.memory import Checkpoint
@@ -185,6 +187,9 @@ class EngineRow(Row):
         set_checkpoint(model, checkpoint)
         self._part, self._float = part, float_frames
         self._stage = InputStage(work.config, work.device)
+        self._queue: deque[Batch] = deque()
+        self._inputs: Iterator[dict[str, Any]] = iter(())
+        self._expected: Batch | None = None
 
         def loss(**inputs: Any) -> Tensor:
             return model(**inputs).loss
@@ -197,13 +202,27 @@ class EngineRow(Row):
         return ReleasedAdamW(parameter_groups(self.model), lr=_RATE)
 
     def loss(self, host: HostBatch, coming: HostBatch, masks: Masks | None = None) -> Tensor:
-        inputs = self._stage(host.clips)
+        inputs = self._ahead(host.clips, coming.clips)
         if self._float:
             inputs["video"] = host.frames.to(self.device, non_blocking=True)
         if masks is not None:
             inputs["masks"] = masks
         with self.autocast():
             return self._loss(**inputs)
+
+    def _ahead(self, batch: Batch, coming: Batch) -> dict[str, Any]:
+        """The inputs of `batch`, while those of `coming` travel: as the training loop has them."""
+        if self._expected is not batch:
+            self._queue = deque([batch])
+            self._inputs = self._stage.ahead(self._batches(self._queue))
+        self._queue.append(coming)
+        self._expected = coming
+        return next(self._inputs)
+
+    @staticmethod
+    def _batches(queue: deque[Batch]) -> Iterator[Batch]:
+        while queue:
+            yield queue.popleft()
 
     def backward(self, host: HostBatch, coming: HostBatch, masks: Masks | None = None) -> Tensor:
         # Parts are called again in the backward pass, where something is computed a second time.

@@ -145,7 +145,11 @@ class Workload:
             labels=torch.full((B,), -1),
             has_audio=torch.ones(B, dtype=torch.bool),
         )
-        return HostBatch(clips.pin_memory() if self.device.type == "cuda" else clips, self.model)
+        if self.device.type == "cuda":
+            # Page-locked, as the loader's are.
+            pinned = {n: getattr(clips, n).pin_memory() for n in ("video", "waveform", "keys")}
+            clips = replace(clips, **pinned)
+        return HostBatch(clips, self.model)
 
     def masks(self, keys: Tensor) -> Masks:
         """The engine's masks of the clips with these keys, on the device."""

@@ -152,3 +152,13 @@ def test_sizes_and_chunks() -> None:
         1024,
         400,
     )
+
+
+def test_the_engine_s_inputs_are_those_of_the_batch(truth: Truth) -> None:
+    """Also where the batch is not the one that was announced."""
+    work = truth.work
+    row = EngineRow(work)
+    first, second, third = work.host_batches(3)
+    for batch, coming in ((first, second), (second, first), (first, third), (second, third)):
+        inputs = row._ahead(batch.clips, coming.clips)
+        assert torch.equal(inputs["video"], batch.clips.video)
