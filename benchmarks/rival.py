@@ -49,6 +49,8 @@ class RivalMAE(nn.Module):
             and config.positions != "learned"
             and config.loss_on == "masked"
             and not config.modality_tokens
+            and not config.prefix_tokens
+            and config.decoder_positions != "learned"
         )
         if not plain:
             raise BenchmarkError("the rival knows the presets' objective and fixed positions only")
@@ -59,7 +61,7 @@ class RivalMAE(nn.Module):
         )
         stacks = encoder_stacks(config)
         self.encoder = nn.ModuleDict(
-            {name: Stack(config.encoder, config, layers) for name, layers in stacks.items()}
+            {name: Stack(config.encoder, config, *stack) for name, stack in stacks.items()}
         )
         self.decoder_embed = nn.ModuleDict(
             {m: nn.Linear(width, narrow, bias=config.projection_bias) for m in both}

@@ -77,7 +77,7 @@ def stacks(model: ModelConfig) -> Iterator[Sequences]:
     counts = {m: tokens_of(model, m) for m in model.modalities}
     visible = tuple(t.visible for t in counts.values())
     joint = () if model.fusion == "shared" else (sum(visible),)
-    for name, layers in encoder_stacks(model).items():
+    for name, (layers, _) in encoder_stacks(model).items():
         if name == "both":
             lengths = joint or visible
         else:
@@ -112,7 +112,7 @@ def parameters(model: ModelConfig) -> int:
     patches = [model.input(m).patch_dim for m in model.modalities]
     total = sum((p + 1) * width + (narrow + 1) * p + narrow for p in patches)
     total += len(patches) * (width + model.projection_bias) * narrow
-    blocks = [(model.encoder, layers) for layers in encoder_stacks(model).values()]
+    blocks = [(model.encoder, layers) for layers, _ in encoder_stacks(model).values()]
     copies = len(patches) if model.decoding == "separate" else 1
     blocks += [(model.decoder, model.decoder.layers)] * copies
     for stack, layers in blocks:
@@ -293,7 +293,8 @@ def _head_and_loss(model: ModelConfig, batch: int, name: Name) -> Iterator[Op]:
 def _weights(model: ModelConfig, name: Name) -> Iterator[Op]:
     """Optimiser, and the casts of weights and their gradients under autocast."""
     count = float(parameters(model))
-    tensors = 12 * (sum(encoder_stacks(model).values()) + model.decoder.layers)
+    encoder_layers = sum(layers for layers, _ in encoder_stacks(model).values())
+    tensors = 12 * (encoder_layers + model.decoder.layers)
     each = {"A": 80.0, "B": 80.0, "B+": 28.0, "C": 36.0, "C+": 30.0}[name]
     launches = {"A": 300, "B": 300}.get(name, 40)
     yield Op("AdamW", "optimiser", "optimiser", 15 * count, each * count, launches)

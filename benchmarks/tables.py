@@ -77,11 +77,11 @@ def data_table(result: Result | None) -> str:
         ratio = result[f"ratio_{key.removeprefix('packed_')}"]
         size = f"{result[f'kilobytes_{stored}']:.0f}"
         rows.append((label, f"{1e3 / result[f'ms_{key}']:.0f}", f"{ratio:.1f}", size))
-    table = _table(rows)
+    text = table(rows)
     if result is None:
-        return table
+        return text
     busy = f"; load of the machine {result['load']:.1f}" if result["load"] > 1.5 else ""
-    return f"{table}\n\nProcessor time {_where(result)}{busy}."
+    return f"{text}\n\nProcessor time {_where(result)}{busy}."
 
 
 TABLES: dict[str, Callable[[Result | None], str]] = {

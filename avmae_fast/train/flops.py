@@ -36,7 +36,8 @@ def clip_flops(config: ModelConfig) -> int:
     total = 0
     for m, count in visible.items():
         total += _product(count, config.input(m).patch_dim, config.encoder.width)
-        total += _product(count, config.encoder.width, config.decoder.width)
+        shown = config.prefix_tokens + count
+        total += _product(shown, config.encoder.width, config.decoder.width)
         total += _product(scored[m], config.decoder.width, config.input(m).patch_dim)
     for lengths, layers in _encoder_sequences(config, visible):
         total += sum(layers * _block(config.encoder, n, n) for n in lengths)
@@ -80,7 +81,8 @@ def _encoder_sequences(
     config: ModelConfig, visible: dict[Modality, int]
 ) -> list[tuple[list[int], int]]:
     """Lengths of the sequences of a clip in each part of the encoder, and its layers."""
-    own, joint, layers = list(visible.values()), [sum(visible.values())], config.encoder.layers
+    own = [config.prefix_tokens + count for count in visible.values()]
+    joint, layers = [sum(own)], config.encoder.layers
     if config.fusion == "early":
         return [(joint, layers)]
     if config.fusion == "mid":
@@ -98,7 +100,7 @@ def _decoder_sequences(
         masked = config.input(m).tokens if config.objective == "inpainting" else None
         if masked is None:
             masked = config.input(m).tokens - shown
-        sequences.append((count, shown + masked))
+        sequences.append((count, config.prefix_tokens + shown + masked))
     if config.decoding == "joint":
         return [(sum(q for q, _ in sequences), sum(k for _, k in sequences))]
     return sequences

@@ -52,6 +52,8 @@ FORMULAS = {
         {"objective": "inpainting_released"},
         {"loss_on": "all"},
         {"audio": None, "fusion": "early"},
+        {"prefix_tokens": 1},
+        {"prefix_tokens": 2, "fusion": "early", "decoding": "joint"},
     ],
     ids=str,
 )
