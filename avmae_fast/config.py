@@ -339,6 +339,8 @@ class TrainConfig:
     `wandb` is a project of Weights & Biases to log to as well.
     Where torchrun starts several processes, each trains on its part of every micro-batch;
     `parallel` says whether all hold the whole model (ddp) or each a part of it (fsdp2).
+    `sharded_checkpoints` has each write what it holds; only for models too large to be gathered,
+    since such checkpoints must not come from a stranger (see `avmae_fast.train.parts`).
     Exactly one of `steps` and `epochs` is set; `warmup_epochs` or `warmup_steps` likewise.
     """
 
@@ -358,6 +360,7 @@ class TrainConfig:
     cuda_graph: bool = False
     deterministic: bool = False
     parallel: Literal["ddp", "fsdp2"] = "ddp"
+    sharded_checkpoints: bool = False
     seed: int = 42
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -139,6 +139,8 @@ class Stack(nn.Module):
         count = stack.layers if layers is None else layers
         self.blocks = nn.ModuleList(Block(stack, config) for _ in range(count))
         self.checkpoint: Checkpoint = "selective"
+        # Whether a block leaves a bias to the next one, which then reads a parameter of another.
+        self.passes_bias = True
         closed = config.encoder_norm and norm
         self.norm = nn.LayerNorm(stack.width, config.layer_norm_eps) if closed else None
 
@@ -149,11 +151,12 @@ class Stack(nn.Module):
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             # Keys and values of the last block need every token, its queries only the tail's.
-            x, update = self._run(i, x, update, layout, tail if i == last else None, bias, False)
-            bias = cast(Block, block).mlp.fc2.bias
+            asked = tail if i == last else None
+            x, update = self._run(i, x, update, layout, asked, bias, not self.passes_bias)
+            bias = cast(Block, block).mlp.fc2.bias if self.passes_bias else None
         if self.norm is None:
-            assert update is not None and bias is not None  # a stack has a block
-            return x + (update + bias)
+            assert update is not None  # a stack has a block
+            return x + (update if bias is None else update + bias)
         return seam(x, update, self.norm, bias)[1]
 
     def run_block(

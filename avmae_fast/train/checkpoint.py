@@ -3,8 +3,9 @@
     checkpoints/step-00001000/
         model.safetensors       weights, by state-dict name
         optimizer.safetensors   optimiser state, "<parameter>/<key>"
+        parts/                  in place of these two: see avmae_fast.train.parts
         state.json              step, position in the data, configuration, versions, other scalars
-        MANIFEST.json           size and CRC-32 of the three
+        MANIFEST.json           size and CRC-32 of all others
 
 A folder gets its name only once all of it is on the disk, and is never written again. One flipped
 bit in a tensor loads without complaint, so every file is compared with the manifest first.
@@ -15,19 +16,24 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from avmae_fast.train import parts
 from avmae_fast.train.snapshot import Snapshot
 
 _FORMAT = 1
-_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_STATE = "state.json"
+_WHOLE = ("model.safetensors", "optimizer.safetensors")
+_MANIFEST = "MANIFEST.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _PARTIAL = ".partial-"
 _CHUNK_BYTES = 1 << 22
@@ -64,25 +70,59 @@ def save_checkpoint(
         FileExistsError: there is a checkpoint of this step.
         OSError: it could not be written; nothing of it is left.
     """
+    partial = begin_checkpoint(folder, step)
+    with removed_on_error(partial):
+        _save_tensors(snapshot.weights, partial / "model.safetensors")
+        _save_tensors(snapshot.moments, partial / "optimizer.safetensors")
+    return finish_checkpoint(partial, step, snapshot.scalars, state, keep)
+
+
+def begin_checkpoint(folder: Path, step: int) -> Path:
+    """An empty folder to write a checkpoint into; it does not count as one yet.
+
+    Raises:
+        FileExistsError: there is a checkpoint of this step.
+    """
     path = folder / f"step-{step:08d}"
     if path.exists():
         raise FileExistsError(f"{path} exists: a checkpoint is never overwritten")
     _remove_partials(folder)
     partial = folder / f"{_PARTIAL}{path.name}"
     partial.mkdir(parents=True)
-    try:
-        _save_tensors(snapshot.weights, partial / "model.safetensors")
-        _save_tensors(snapshot.moments, partial / "optimizer.safetensors")
-        contents = {"format": _FORMAT, "step": step, **state, "optimizer": snapshot.scalars}
-        (partial / "state.json").write_text(json.dumps(contents, indent=1))
+    return partial
+
+
+def finish_checkpoint(
+    partial: Path, step: int, scalars: Mapping[str, Any], state: Mapping[str, Any], keep: int
+) -> Path:
+    """Make a folder that holds all tensors a checkpoint, and delete older ones.
+
+    Args:
+        scalars: optimiser state that is not in a tensor.
+        state, keep: as in `save_checkpoint`.
+
+    Raises:
+        OSError: it could not be written; nothing of it is left.
+    """
+    path = partial.with_name(partial.name.removeprefix(_PARTIAL))
+    with removed_on_error(partial):
+        contents = {"format": _FORMAT, "step": step, **state, "optimizer": scalars}
+        (partial / _STATE).write_text(json.dumps(contents, indent=1))
         _seal(partial)
         os.rename(partial, path)
+    fsync(path.parent)
+    _prune(path.parent, path, keep)
+    return path
+
+
+@contextmanager
+def removed_on_error(partial: Path) -> Iterator[None]:
+    """Inside, an error takes what is written of a checkpoint with it."""
+    try:
+        yield
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    fsync(folder)
-    _prune(folder, path, keep)
-    return path
 
 
 def checkpoint_bytes(model: nn.Module) -> int:
@@ -112,8 +152,13 @@ def newest_verified(folder: Path) -> tuple[Path | None, list[Refused]]:
 def damage(path: Path) -> str | None:
     """What is wrong with the files of a checkpoint; None if nothing is."""
     try:
-        recorded = json.loads((path / "MANIFEST.json").read_text())["files"]
-        for name in _FILES:
+        recorded = json.loads((path / _MANIFEST).read_text())["files"]
+        whole, in_parts = set(_WHOLE) <= set(recorded), any(map(_is_part, recorded))
+        if _STATE not in recorded or not (whole or in_parts):
+            return f"{_MANIFEST} does not name all files"
+        for name in recorded:
+            if name not in (_STATE, *_WHOLE) and not _is_part(name):
+                return f"{_MANIFEST} names a file that is none of a checkpoint"
             size, crc32 = recorded[name]["size_bytes"], recorded[name]["crc32"]
             actual = (path / name).stat().st_size
             if actual != size:
@@ -125,8 +170,15 @@ def damage(path: Path) -> str | None:
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError):
-        return "MANIFEST.json is damaged"
+        return f"{_MANIFEST} is damaged"
     return None
+
+
+def _is_part(name: str) -> bool:
+    folder, _, file = name.partition("/")
+    return (
+        folder == parts.FOLDER and re.fullmatch(r"\.metadata|__\d+_\d+\.distcp", file) is not None
+    )
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -135,7 +187,7 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: another version of this program wrote it.
     """
-    state = json.loads((path / "state.json").read_text())
+    state = json.loads((path / _STATE).read_text())
     if state.get("format") != _FORMAT:
         wrote = state.get("versions", {}).get("avmae_fast", "?")
         raise CheckpointError(
@@ -145,15 +197,41 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(path: Path) -> Snapshot:
-    """What a checkpoint that verifies keeps."""
-    moments = load_file(path / "optimizer.safetensors")
-    return Snapshot(load_weights(path), moments, read_state(path)["optimizer"])
+def restore_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sharded: bool
+) -> None:
+    """Put weights and optimiser state of a checkpoint that verifies in place.
+
+    Args:
+        sharded: whether one in parts may be read.
+
+    Raises:
+        CheckpointError: it is in parts and may not.
+    """
+    scalars = read_state(path)["optimizer"]
+    if _require_readable(path, sharded):
+        parts.load_parts(path, model, optimizer, scalars)
+        return
+    weights, moments = (load_file(path / name) for name in _WHOLE)
+    Snapshot(weights, moments, scalars).restore(model, optimizer)
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """The weights alone, by state-dict name."""
+def load_weights(path: Path, sharded: bool = False) -> dict[str, Tensor]:
+    """The weights alone, by state-dict name; arguments and errors of `restore_checkpoint`."""
+    if _require_readable(path, sharded):
+        return parts.load_whole_weights(path)
     return load_file(path / "model.safetensors")
+
+
+def _require_readable(path: Path, sharded: bool) -> bool:
+    """Whether a checkpoint is in parts, which is refused unless it was asked for."""
+    in_parts = (path / parts.FOLDER).is_dir()
+    if in_parts and not sharded:
+        raise CheckpointError(
+            f"{path} is in parts, whose .metadata is a pickle and could run a stranger's code: if "
+            "this run is your own, set train.sharded_checkpoints = true"
+        )
+    return in_parts
 
 
 def set_aside(refused: list[Refused]) -> None:
@@ -191,11 +269,13 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 def _seal(partial: Path) -> None:
     """Write MANIFEST.json from what can be read back, and force everything onto the disk."""
     files = {}
-    for name in _FILES:
-        fsync(partial / name)
-        size = (partial / name).stat().st_size
-        files[name] = {"size_bytes": size, "crc32": _crc32(partial / name)}
-    manifest = partial / "MANIFEST.json"
+    for path in sorted(path for path in partial.rglob("*") if path.is_file()):
+        fsync(path)
+        entry = {"size_bytes": path.stat().st_size, "crc32": _crc32(path)}
+        files[path.relative_to(partial).as_posix()] = entry
+    for folder in (path for path in partial.rglob("*") if path.is_dir()):
+        fsync(folder)
+    manifest = partial / _MANIFEST
     manifest.write_text(json.dumps({"format": _FORMAT, "files": files}, indent=1))
     fsync(manifest)
     fsync(partial)

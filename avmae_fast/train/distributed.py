@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from avmae_fast.config import ConfigError, TrainConfig
-from avmae_fast.models.blocks import Block
+from avmae_fast.models.blocks import Block, Stack
 
 T = TypeVar("T")
 
@@ -112,6 +112,9 @@ def distribute(model: nn.Module, world: World, parallel: str) -> nn.Module:
         for module in model.modules():
             if isinstance(module, Block):
                 fully_shard(module)
+            elif isinstance(module, Stack):
+                # A block's parameters are whole while that block runs, and no longer.
+                module.passes_bias = False
         fully_shard(model)
         return model
     on_gpu = next(model.parameters()).is_cuda

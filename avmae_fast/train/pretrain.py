@@ -14,9 +14,11 @@ from avmae_fast.data.loader import ClipLoader
 from avmae_fast.data.manifest import ManifestError
 from avmae_fast.models import AudiovisualMAE
 from avmae_fast.train.checkpoint import (
+    begin_checkpoint,
     checkpoint_bytes,
-    load_checkpoint,
+    finish_checkpoint,
     load_weights,
+    restore_checkpoint,
     save_checkpoint,
 )
 from avmae_fast.train.distributed import World, distribute, on_first, process_group
@@ -26,6 +28,7 @@ from avmae_fast.train.inputs import InputStage
 from avmae_fast.train.memory_advice import memory_advice
 from avmae_fast.train.metrics import Metrics
 from avmae_fast.train.optim import ReleasedAdamW, learning_rate, parameter_groups
+from avmae_fast.train.parts import save_parts
 from avmae_fast.train.profiler import Profiler
 from avmae_fast.train.readback import Read, Readback
 from avmae_fast.train.recipe import (
@@ -128,7 +131,8 @@ def pretrain(
         if exit_code is not None or not world.writes:
             return Outcome(step, exit_code, None)
         model = build_model(config, device)
-        model.load_state_dict(load_weights(checkpoints_of(config) / f"step-{step:08d}"))
+        last = checkpoints_of(config) / f"step-{step:08d}"
+        model.load_state_dict(load_weights(last, train.sharded_checkpoints))
         export_encoder(model, config, train.out, {"step": step, "versions": versions()})
         return Outcome(step, None, _report(config, model, stage, autocast))
 
@@ -177,7 +181,7 @@ def _run_steps(
             if world.size > 1:
                 print(world.arithmetic(train))
         if point is not None:
-            load_checkpoint(point.path).restore(model, optimizer)
+            restore_checkpoint(point.path, model, optimizer, train.sharded_checkpoints)
         run = _Run(config, world, schedule, model, train_step, stage, autocast)
         step = point.step if point else 0
         if step >= schedule.steps:
@@ -202,7 +206,7 @@ def report(out: Path) -> Path:
         raise RunFolderError(f"{str(out)!r} holds no checkpoint to report on")
     device = choose_device(config.train)
     model = build_model(config, device)
-    model.load_state_dict(load_weights(point.path))
+    model.load_state_dict(load_weights(point.path, config.train.sharded_checkpoints))
     stage, autocast = InputStage(config, device), choose_autocast(config.train, device)
     return _report(config, model, stage, autocast)
 
@@ -305,6 +309,12 @@ def _save(run: _Run, guard: Guard, metrics: Metrics, step: int, samples: int) ->
         "metrics": metrics.state(),
         "guard": guard.state(),
     }
-    folder, keep = checkpoints_of(run.config), run.config.train.keep_checkpoints
-    snapshot = Snapshot.of(run.model, run.step.optimizer, run.world.writes)
-    on_first(run.world, lambda: save_checkpoint(folder, step, snapshot, state, keep))
+    world, train = run.world, run.config.train
+    folder, keep = checkpoints_of(run.config), train.keep_checkpoints
+    if train.sharded_checkpoints:
+        partial = on_first(world, lambda: begin_checkpoint(folder, step))
+        scalars = save_parts(partial, run.model, run.step.optimizer)
+        on_first(world, lambda: finish_checkpoint(partial, step, scalars, state, keep))
+        return
+    snapshot = Snapshot.of(run.model, run.step.optimizer, world.writes)
+    on_first(world, lambda: save_checkpoint(folder, step, snapshot, state, keep))

@@ -28,31 +28,51 @@ class Snapshot:
         cls, model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True
     ) -> "Snapshot":
         """Gather it; with several processes all must ask, and those that do not `keep` get none."""
-        names = _parameter_names(model, optimizer)
-        moments: dict[str, Tensor] = {}
-        scalars: dict[str, dict[str, Any]] = {}
-        for index, fields in optimizer.state_dict()["state"].items():
-            for key, value in fields.items():
-                if isinstance(value, Tensor):
-                    moments[f"{names[index]}/{key}"] = value
-                else:
-                    scalars.setdefault(names[index], {})[key] = value
+        moments, scalars = flat_moments(model, optimizer)
         return cls(whole_weights(model, keep), _on_host(moments, keep), scalars)
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put it in place; each process takes its part of what is sharded."""
         restore_weights(self.weights, model)
-        names = _parameter_names(model, optimizer)
-        index = {name: i for i, name in names.items()}
         parameters = dict(model.named_parameters())
-        state: dict[int, dict[str, Any]] = {
-            i: dict(self.scalars.get(name, {})) for i, name in names.items()
+        parts = {
+            key: _part_of(tensor, parameters[key.rpartition("/")[0]])
+            for key, tensor in self.moments.items()
         }
-        for key, tensor in self.moments.items():
-            name, _, field = key.rpartition("/")
-            state[index[name]][field] = _part_of(tensor, parameters[name])
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        put_moments(parts, self.scalars, model, optimizer)
+
+
+def flat_moments(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """Optimiser state: tensors by "<parameter>/<key>", and numbers by parameter and key."""
+    names = _parameter_names(model, optimizer)
+    moments: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, fields in optimizer.state_dict()["state"].items():
+        for key, value in fields.items():
+            if isinstance(value, Tensor):
+                moments[f"{names[index]}/{key}"] = value
+            else:
+                scalars.setdefault(names[index], {})[key] = value
+    return moments, scalars
+
+
+def put_moments(
+    moments: Mapping[str, Tensor],
+    scalars: Mapping[str, Mapping[str, Any]],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Undo `flat_moments`; sharded parameters want sharded tensors."""
+    names = _parameter_names(model, optimizer)
+    index = {name: i for i, name in names.items()}
+    state: dict[int, dict[str, Any]] = {i: dict(scalars.get(n, {})) for i, n in names.items()}
+    for key, tensor in moments.items():
+        name, _, field = key.rpartition("/")
+        state[index[name]][field] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def whole_weights(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:

@@ -10,14 +10,18 @@ from torch import nn
 from avmae_fast.train import checkpoint
 from avmae_fast.train.checkpoint import (
     CheckpointError,
-    load_checkpoint,
+    begin_checkpoint,
+    finish_checkpoint,
+    load_weights,
     newest_verified,
     read_state,
+    restore_checkpoint,
     save_checkpoint,
     set_aside,
     steps_saved,
 )
 from avmae_fast.train.optim import ReleasedAdamW, parameter_groups
+from avmae_fast.train.parts import save_parts
 from avmae_fast.train.snapshot import Snapshot
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -59,7 +63,7 @@ def test_load_gives_back_weights_and_moments(tmp_path: Path, trained: tuple) -> 
     torch.manual_seed(1)
     other = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
     other_optimizer = ReleasedAdamW(parameter_groups(other), lr=0.1)
-    load_checkpoint(path).restore(other, other_optimizer)
+    restore_checkpoint(path, other, other_optimizer, sharded=False)
     # One more step uses everything that was saved.
     _train_step(model, optimizer)
     _train_step(other, other_optimizer)
@@ -74,7 +78,7 @@ def test_moments_go_by_name_not_by_order(tmp_path: Path, trained: tuple) -> None
     model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
     groups = [{"params": list(reversed(list(model.parameters())))}]
     optimizer = ReleasedAdamW(groups, lr=0.1)
-    load_checkpoint(path).restore(model, optimizer)
+    restore_checkpoint(path, model, optimizer, sharded=False)
     for (name, a), b in zip(trained[0].named_parameters(), model.parameters(), strict=True):
         assert torch.equal(trained[1].state[a]["exp_avg"], optimizer.state[b]["exp_avg"]), name
 
@@ -166,3 +170,32 @@ def test_other_format_is_refused(tmp_path: Path, trained: tuple) -> None:
     (path / "state.json").write_text(json.dumps(state))
     with pytest.raises(CheckpointError, match="format 99.*use avmae_fast 7.0"):
         read_state(path)
+
+
+def test_in_parts(tmp_path: Path, trained: tuple) -> None:
+    """Read only where it was asked for, since its metadata is a pickle; then equal to the bit."""
+    model, optimizer = trained
+    partial = begin_checkpoint(tmp_path, 3)
+    scalars = save_parts(partial, model, optimizer)
+    path = finish_checkpoint(partial, 3, scalars, {"samples": 12}, 2)
+    assert newest_verified(tmp_path) == (path, [])
+    other = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    other_optimizer = ReleasedAdamW(parameter_groups(other), lr=0.1)
+    with pytest.raises(CheckpointError, match="in parts.*train.sharded_checkpoints = true"):
+        restore_checkpoint(path, other, other_optimizer, sharded=False)
+    restore_checkpoint(path, other, other_optimizer, sharded=True)
+    for one, two in ((model, optimizer), (other, other_optimizer)):
+        _train_step(one, two)
+    torch.testing.assert_close(other.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert load_weights(path, sharded=True).keys() == model.state_dict().keys()
+
+
+def test_manifest_of_strange_files_is_refused(tmp_path: Path, trained: tuple) -> None:
+    path = _save(tmp_path, 3, trained)
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    manifest["files"]["../../secret"] = {"size_bytes": 1, "crc32": "00000000"}
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    assert newest_verified(tmp_path)[1][0].reason.endswith("none of a checkpoint")
+    del manifest["files"]["../../secret"], manifest["files"]["optimizer.safetensors"]
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    assert newest_verified(tmp_path)[1][0].reason.endswith("does not name all files")

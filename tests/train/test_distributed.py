@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 from processes import run_processes
-from safetensors.torch import load_file
 
 from avmae_fast.config import Config, ConfigError
 from avmae_fast.data.bad_files import TooManyBadFiles
 from avmae_fast.data.loader import ClipLoader
 from avmae_fast.train import pretrain as loop
+from avmae_fast.train.checkpoint import load_weights
 from avmae_fast.train.distributed import World, on_first, process_group
 from avmae_fast.train.lines import read_lines
 from avmae_fast.train.metrics import Metrics
@@ -40,9 +40,9 @@ def _run_of(make_config: MakeConfig, out: Path, **train: Any) -> Config:
     return make_config({**common, "clip_grad": 0.5, "out": str(out), **train})
 
 
-def _weights(config: Config, step: int = STEPS) -> dict[str, torch.Tensor]:
-    folder = config.train.out / f"checkpoints/step-{step:08d}"
-    return load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
+def _weights(config: Config) -> dict[str, torch.Tensor]:
+    folder = config.train.out / f"checkpoints/step-{STEPS:08d}"
+    return load_weights(folder, config.train.sharded_checkpoints)
 
 
 def _losses(config: Config) -> list[dict[str, float]]:
@@ -91,12 +91,15 @@ def test_equals_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("parallel", "sharded"), [("ddp", False), ("fsdp2", False), ("fsdp2", True)]
+)
 @pytest.mark.parametrize("then", [1, 2, 8])
 def test_saved_on_four_resumed_on_others(
-    make_config: MakeConfig, tmp_path: Path, alone: Config, then: int, parallel: str
+    make_config: MakeConfig, tmp_path: Path, alone: Config, then: int, parallel: str, sharded: bool
 ) -> None:
-    config = _run_of(make_config, tmp_path / "run", parallel=parallel)
+    how = {"parallel": parallel, "sharded_checkpoints": sharded}
+    config = _run_of(make_config, tmp_path / "run", **how)
     assert run_processes(4, _stopped_at, config, 3, 1) == [(3, 75)] * 4
     assert run_processes(then, _pretrain, config, True) == [(STEPS, None)] * then
     _assert_same_run(config, alone)
