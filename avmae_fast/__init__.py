@@ -1,6 +1,7 @@
 """Pretrain and fine-tune masked audiovisual transformers, fast.
 
 accelerate, restore    somebody else's model on our operations, in place (`acceleration`)
+MaskedEncoder          visible tokens of clips of any length, as a building block (`models`)
 
 They are imported when they are asked for: `import avmae_fast` loads no torch.
 """
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from avmae_fast.acceleration import accelerate, restore
+    from avmae_fast.models.masked_encoder import MaskedEncoder
 
-__all__ = ["accelerate", "restore"]
+__all__ = ["MaskedEncoder", "accelerate", "restore"]
 
 _HOMES = {
+    "MaskedEncoder": "avmae_fast.models.masked_encoder",
     "accelerate": "avmae_fast.acceleration",
     "restore": "avmae_fast.acceleration",
 }

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 LEAVES = {"config", "finetune_config", "positions"}
 MAY_IMPORT = {
     "models": {"config_file"},
+    "acceleration": set(),
     "reference": set(),
     "interop": {"models"},
     "data": set(),

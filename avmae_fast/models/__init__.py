@@ -8,12 +8,16 @@ from avmae_fast.models.classifier import Classifier, Prediction
 from avmae_fast.models.drop_path import DropPath, draw_dropped
 from avmae_fast.models.encoder import Encoder
 from avmae_fast.models.layout import TokenLayout, TokenMask
+from avmae_fast.models.masked_encoder import MaskedEncoder
+from avmae_fast.models.packed_tokens import PackedTokens
 
 __all__ = [
     "AudiovisualMAE",
     "Classifier",
     "DropPath",
     "Encoder",
+    "MaskedEncoder",
+    "PackedTokens",
     "Prediction",
     "Reconstruction",
     "TokenLayout",

@@ -3,6 +3,7 @@
 Shape letters: B clips, N tokens of a modality, V visible, M masked, S sequences, T packed tokens.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -80,6 +81,14 @@ class TokenLayout:
             start += sequences * length
         cu_seqlens = torch.cat(offsets)
         return cls(cu_seqlens, None, slot_owners(cu_seqlens, start))
+
+    @classmethod
+    def varying(cls, lengths: Sequence[int], device: torch.device | str) -> "TokenLayout":
+        """A sequence of each length, for lengths that differ or change from step to step."""
+        offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        # Does not wait for the GPU: the few bytes are taken over before the call returns.
+        cu_seqlens = offsets.to(device, non_blocking=True)
+        return cls(cu_seqlens, None, slot_owners(cu_seqlens, sum(lengths)))
 
 
 @dataclass(frozen=True)
