@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from avmae_fast import cli_data, cli_run
 from avmae_fast.cli_bench import add_bench_data
 from avmae_fast.cli_convert import add_convert
+from avmae_fast.cli_doctor import add_doctor
 from avmae_fast.cli_run import steps_range
 
 _BAD_INPUT = 2
@@ -19,7 +20,7 @@ _CANNOT_WRITE = 73  # EX_CANTCREAT
 _INTERRUPTED = 130
 
 _EXIT_CODES = (
-    "Exit codes: 0 done; 1 probe-files or verify found something wrong; 2 bad input, the message "
+    "Exit codes: 0 done; 1 probe-files, verify or doctor found something wrong; 2 bad input, the message "
     "says what would be valid; 70 too many steps were not finite; 73 the disk is full or cannot "
     "be written; 75 stopped by Ctrl-C, SIGTERM or SIGUSR1 after writing a checkpoint; 130 "
     "interrupted, nothing was written."
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_run.add_commands(commands)
     add_bench_data(commands.add_parser("bench-data", help="say how fast media files can be loaded"))
     cli_data.add_commands(commands)
+    add_doctor(commands)
     return parser
 
 

@@ -71,6 +71,15 @@ def _import_problem(reader: ReaderName) -> str | None:
     return None
 
 
+def reader_problems() -> dict[ReaderName, str | None]:
+    """What keeps each reader from being used, None where nothing does."""
+    return {
+        reader: problem and f"{problem}; pip install {package}"
+        for reader, (_, package) in _PACKAGES.items()
+        for problem in (_import_problem(reader),)
+    }
+
+
 def open_clip(path: Path | str, reader: str = "auto") -> ClipReader:
     """An open file, to be closed after use (a context manager).
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from avmae_kernels._triton import INTERPRET
 from avmae_kernels.attention import packed_attention
 from avmae_kernels.attention_backends import HOPPER, OWN, may_choose_hopper, reject
 from avmae_kernels.attention_hopper import why_unsupported
@@ -108,7 +109,9 @@ def _share(qkv: Tensor, offsets: Tensor, fixed: int | None, impl: str) -> float:
     def results(x: Tensor, ours: bool) -> tuple[Tensor, Tensor]:
         x = x.clone().requires_grad_()
         if ours:
-            out = packed_attention(x, offsets, fixed, impl=impl)
+            # Without kernels to choose from, "auto" is the operation's meaning.
+            name = impl if x.is_cuda or INTERPRET else "auto"
+            out = packed_attention(x, offsets, fixed, impl=name)
         else:
             q, k, v = x.unbind(1)
             out = packed_attention_reference(q, k, v, offsets, offsets).flatten(1)
