@@ -44,7 +44,10 @@ def _doctor(args: argparse.Namespace) -> int:
     diagnosis = examine(device)
     print(diagnosis)
     if args.json:
-        Path(args.json).write_text(json.dumps(diagnosis.to_dict(), indent=1) + "\n")
+        try:
+            Path(args.json).write_text(json.dumps(diagnosis.to_dict(), indent=1) + "\n")
+        except OSError as error:
+            return _refuse(f"--json {args.json} cannot be written: {error.strerror}")
     return 0 if diagnosis.usable else 1
 
 

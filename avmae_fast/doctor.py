@@ -111,7 +111,7 @@ def _host() -> Iterator[Finding]:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = torch.get_num_threads()
     yield Finding("host", "cores", f"{allowed} of {os.cpu_count()}, {threads} threads in torch")
-    if hasattr(os, "sysconf"):
+    if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):
         pages = [os.sysconf(name) for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES")]
         total, free = (count * os.sysconf("SC_PAGE_SIZE") / _GIB for count in pages)
         yield Finding("host", "memory", f"{free:.1f} GiB free of {total:.1f} GiB")

@@ -80,9 +80,14 @@ def test_what_training_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not examine(CPU).usable
 
 
-def test_bad_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_bad_arguments(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["doctor", "--json", str(tmp_path / "absent" / "x.json")]) == 2
     assert "its folder does not exist" in capsys.readouterr().err
+    monkeypatch.setattr(doctor, "self_check", lambda device, use: RIGHT)
+    assert main(["doctor", "--device", "cpu", "--json", str(tmp_path)]) == 2
+    assert "cannot be written" in capsys.readouterr().err
     assert main(["doctor", "--device", "abacus"]) == 2
     assert "--device abacus cannot be had" in capsys.readouterr().err
 

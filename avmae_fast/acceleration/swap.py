@@ -63,9 +63,15 @@ def accelerate(model: nn.Module) -> Report:
         raise NothingToSwapError(_nothing(model, report))
     for module, made in classes:
         module.__class__ = made
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    if not _is_one_of_many():
         print(report)
     return report
+
+
+def _is_one_of_many() -> bool:
+    """Whether another process of a distributed run says it already."""
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return joined and torch.distributed.get_rank() != 0
 
 
 def restore(model: nn.Module) -> None:

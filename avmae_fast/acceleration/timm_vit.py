@@ -111,7 +111,7 @@ class TimmMlp(Swapped):
 
 
 def _given(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
-    """The masks that were given, as keywords: releases before 1.0.20 know fewer of them."""
+    """The masks that were given, as keywords: older releases know fewer of them."""
     mask = {} if attn_mask is None else {"attn_mask": attn_mask}
     return {**mask, "is_causal": True} if is_causal else mask
 

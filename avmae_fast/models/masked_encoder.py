@@ -7,7 +7,7 @@ tokens; D width.
 import functools
 import math
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -149,10 +149,14 @@ def _table(
 ) -> Tensor:
     on_grid = kind == "sincos_grid"
     table = sincos_grid(grid, width) if on_grid else sincos1d(math.prod(grid), width)
-    return torch.as_tensor(table).to(device, dtype)
+    return torch.from_numpy(table).to(device, dtype)
 
 
-_kept_table = functools.lru_cache(_TABLES)(_table)
+@functools.lru_cache(_TABLES)
+def _kept_table(*arguments: Any) -> Tensor:
+    # Of use for training too, whoever asks first.
+    with torch.inference_mode(False):
+        return _table(*arguments)
 
 
 def _layout(packed: Tensor, lengths: list[int], fixed: bool) -> TokenLayout:

@@ -11,7 +11,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import avmae_fast
 from avmae_fast.config import Modality, ModelConfig, StackConfig
-from avmae_fast.models import AudiovisualMAE, Encoder, MaskedEncoder, PackedTokens, TokenMask
+from avmae_fast.models import (
+    AudiovisualMAE,
+    Encoder,
+    MaskedEncoder,
+    PackedTokens,
+    TokenMask,
+    masked_encoder,
+)
 
 FUSIONS = ("early", "mid", "separate", "shared")
 # Frames of each clip, rows of its spectrogram, and how many tokens of each are visible.
@@ -137,6 +144,17 @@ def test_other_grids_as_an_encoder_made_for_them(fusion: str, positions: str) ->
         for m, features in encoder(*clips, masks).items():
             assert_near(got.clips(m)[b], features[0])
         assert got.grids["video"][b] == video.grid and got.grids["audio"][b] == audio.grid
+
+
+def test_positions_made_for_inference_serve_training_too() -> None:
+    model = make(tiny_config(modality_tokens=True))
+    inputs = varied()
+    masked_encoder._kept_table.cache_clear()
+    with torch.inference_mode():
+        want = model(**inputs).tokens
+    got = model(**inputs).tokens
+    got.sum().backward()
+    assert torch.equal(got, want)
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
