@@ -20,9 +20,9 @@ _CANNOT_WRITE = 73  # EX_CANTCREAT
 _INTERRUPTED = 130
 
 _EXIT_CODES = (
-    "Exit codes: 0 done; 1 probe-files, verify or doctor found something wrong; 2 bad input, the message "
-    "says what would be valid; 70 too many steps were not finite; 73 the disk is full or cannot "
-    "be written; 75 stopped by Ctrl-C, SIGTERM or SIGUSR1 after writing a checkpoint; 130 "
+    "Exit codes: 0 done; 1 probe-files, verify or doctor found something wrong; 2 bad input, the "
+    "message says what would be valid; 70 too many steps were not finite; 73 the disk is full or "
+    "cannot be written; 75 stopped by Ctrl-C, SIGTERM or SIGUSR1 after writing a checkpoint; 130 "
     "interrupted, nothing was written."
 )
 

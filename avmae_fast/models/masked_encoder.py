@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from avmae_fast.config import MODALITIES, Modality, Positions, VideoConfig
 from avmae_fast.models.encoder import Encoder, patch_of
@@ -58,6 +59,7 @@ class MaskedEncoder(Encoder):
 
         Clips of one tensor with `keep` of one index tensor are embedded at once; otherwise each
         clip is embedded by a call of its own. The blocks run on all clips at once in either case.
+        `prefix_tokens` come first among those of a clip and modality, numbered -1, -2, ...
 
         Args:
             video_uint8: [B, T, H, W, 3], or a list of B clips [T, H, W, 3] of any sizes that are
@@ -97,7 +99,8 @@ class MaskedEncoder(Encoder):
 
     def _encode_packed(self, visible: Mapping[Modality, Visible]) -> PackedTokens:
         tokens = {m: self._embed_packed(m, v) for m, v in visible.items()}
-        lengths = {m: v.lengths for m, v in visible.items()}
+        prefix = self.config.prefix_tokens
+        lengths = {m: [prefix + n for n in v.lengths] for m, v in visible.items()}
         # Kernels are compiled for a fixed length: only where the caller says that it is one.
         fixed = all(v.together is not None for v in visible.values())
         if self.config.fusion in ("separate", "mid"):
@@ -112,7 +115,7 @@ class MaskedEncoder(Encoder):
             if self.config.fusion == "shared":
                 layout = _layout(packed, [n for counts in by_clip for n in counts], fixed)
             packed = self.encoder["both"](packed, layout)
-        index = {m: v.index for m, v in visible.items()}
+        index = {m: _with_prefix(v.index, prefix) for m, v in visible.items()}
         return PackedTokens(packed, together, index, {m: v.grids for m, v in visible.items()})
 
     def _embed_packed(self, m: Modality, visible: Visible) -> Tensor:
@@ -124,12 +127,16 @@ class MaskedEncoder(Encoder):
         for clips, index, grid in visible.batches():
             if grid not in tables:
                 tables[grid] = self._positions(m, grid)
-            x = patch_embed_visible(clips, index, *weights, tables[grid], patch)
+            ahead, places = tables[grid].tensor_split([self.config.prefix_tokens])
+            x = patch_embed_visible(clips, index, *weights, places, patch)
+            if self.config.prefix_tokens:
+                prefix = (self.prefix_token[m] + ahead).to(x.dtype).expand(len(x), -1, -1)
+                x = torch.cat([prefix, x], dim=1)
             embedded.append(x.flatten(0, 1))
         return torch.cat(embedded)
 
     def _positions(self, m: Modality, grid: tuple[int, ...]) -> Tensor:
-        """What is added to each token of a grid, [N, D]."""
+        """What is added to each prefix token and each token of a grid, [prefix_tokens + N, D]."""
         kind, trained = self.config.positions, self.config.input(m).grid
         if kind == "learned" and grid != trained:
             raise ValueError(
@@ -141,6 +148,8 @@ class MaskedEncoder(Encoder):
             # A compiler traces the computation; a cache would stop it.
             table = _table if torch.compiler.is_compiling() else _kept_table
             pos = table(kind, grid, pos.shape[1], pos.dtype, pos.device)
+            # Prefix tokens have no place.
+            pos = F.pad(pos, (0, 0, self.config.prefix_tokens, 0))
         return pos + self.modality_token[m] if self.config.modality_tokens else pos
 
 
@@ -157,6 +166,13 @@ def _kept_table(*arguments: Any) -> Tensor:
     # Of use for training too, whoever asks first.
     with torch.inference_mode(False):
         return _table(*arguments)
+
+
+def _with_prefix(index: tuple[Tensor, ...], prefix: int) -> tuple[Tensor, ...]:
+    if not prefix:
+        return index
+    numbers = -1 - torch.arange(prefix, device=index[0].device)
+    return tuple(torch.cat([numbers, own]) for own in index)
 
 
 def _layout(packed: Tensor, lengths: list[int], fixed: bool) -> TokenLayout:

@@ -20,7 +20,8 @@ class PackedTokens:
 
     tokens: [T, D].
     layout: one sequence a clip.
-    index: for each modality the token numbers of each clip, int64 [V_b], in the order of the rows.
+    index: for each modality the token numbers of each clip, int64 [V_b], in the order of the rows;
+        prefix tokens come first, as -1, -2, ...
     grids: for each modality the grid of each clip, tokens along each axis; numbers are row-major.
     """
 

@@ -109,6 +109,27 @@ def test_equals_the_encoder_on_clips_of_one_length(fusion: str, positions: str) 
     assert_near(everything.pad("audio")[0], all_tokens["audio"])
 
 
+@pytest.mark.parametrize("positions", ["sincos_grid", "learned"])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_prefix_tokens_come_first(fusion: str, positions: str) -> None:
+    model = make(tiny_config(fusion=fusion, positions=positions, prefix_tokens=2))
+    batch = tiny_batch(model.config)
+    wanted = Encoder.forward(model, **batch)
+    index = {m: mask.visible for m, mask in batch["masks"].items()}
+    got = model(batch["video"], list(batch["audio"]), keep=index)
+    for m, features in wanted.items():
+        assert_near(torch.stack(got.clips(m)), features)
+        assert got.index[m][0].tolist() == [-1, -2, *index[m][0].tolist()]
+    if positions == "learned":
+        return
+    inputs = varied()
+    got = model(**inputs)
+    assert got.lengths("audio") == [6, 2, 18]
+    for b in range(3):
+        single = model(**alone(inputs, b))
+        assert_near(got.clips()[b], single.tokens)
+
+
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_each_clip_as_if_alone(fusion: str) -> None:
     """Features, and gradients as the sum over clips."""
