@@ -39,7 +39,7 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
 
 # Runs in the environment of PYTHON as it is: a GPU machine brings its own torch and Triton.
-# STAGE names stages (tests rivals step kernels peers largest ablation), each of at most eight
+# STAGE names stages (tests rivals step curve kernels peers largest ablation), each of at most eight
 # minutes; without it all run, in this order, and those that have finished are not run again.
 gpu:
 	@PYTHONPATH=kernels $(PYTHON) -c 'import avmae_kernels._C' 2>/dev/null || \

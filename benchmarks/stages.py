@@ -24,7 +24,7 @@ import torch
 from benchmarks import device as devices
 from benchmarks import harness, results
 
-STAGES = ("tests", "rivals", "step", "kernels", "peers", "largest", "ablation")
+STAGES = ("tests", "rivals", "step", "curve", "kernels", "peers", "largest", "ablation")
 STAGE_S = 480.0
 # The rest of a stage's time, from which the last row may still take some.
 _LAST_ROW_S = 60.0
@@ -49,7 +49,7 @@ def _job(stage: str, result: str, options: str = "", tiny: str | None = None) ->
 
 _STEP = "--batch 2 --steps 1 --compiler eager"
 JOBS: tuple[Job, ...] = (
-    Job("tests", None, "pytest", ("-m", "gpu", "tests/gpu", "-q", "--maxfail=20")),
+    Job("tests", None, "pytest", ("-m", "gpu and not slow", "tests/gpu", "-q", "--maxfail=20")),
     # What the card can do, and whom to beat: it decides what is worth writing.
     _job("rivals", "ceilings"),
     Job("rivals", "kernels-attention-rivals", "kernels",
@@ -58,6 +58,8 @@ JOBS: tuple[Job, ...] = (
         ("--op", "attention", "--no-compile")),
     _job("step", "step-L-audioset-128", "--model L --profile", f"--model L --profile {_STEP}"),
     _job("step", "step-B-audioset-128", "--model B --profile", f"--model B --profile {_STEP}"),
+    # 200 steps beside the reference, and the memory checker where it is installed.
+    Job("curve", None, "pytest", ("-m", "gpu and slow", "tests/gpu", "-q")),
     _job("kernels", "kernels-memory", "--op add_layer_norm bias_gelu patch_embed_visible "
          "assemble_decoder reconstruction_loss", "--op bias_gelu --no-compile"),
     _job("kernels", "kernels-attention", "--op attention --no-compile --write-table",

@@ -27,7 +27,16 @@ from benchmarks.profiles import kernel_times
 from benchmarks.roofline import gpu_of, model_flops
 from benchmarks.roofline_ops import parameters
 from benchmarks.step_check import Truth
-from benchmarks.step_rows import RIVAL_MODES, ROWS, EngineRow, RivalRow, Row, build, sdpa_choice
+from benchmarks.step_rows import (
+    RIVAL_MODES,
+    ROWS,
+    EngineRow,
+    GraphRow,
+    RivalRow,
+    Row,
+    build,
+    sdpa_choice,
+)
 from benchmarks.workload import DATASETS, SIZES, HostBatch, Workload
 
 Build = Callable[[Workload], Row]
@@ -234,6 +243,7 @@ def variants() -> dict[str, Build]:
         found[f"attention by {impl}"] = partial(EngineRow, part=partial(put_back.attention, impl))
     found["torch's AdamW, foreach"] = partial(EngineRow, foreach=True)
     found["float frames from the host"] = partial(EngineRow, float_frames=True)
+    found["steps as CUDA graphs"] = GraphRow
     found["under torch.compile"] = partial(EngineRow, compiled=True)
     for mode in RIVAL_MODES[1:]:
         found[f"B+ in mode {mode}"] = partial(RivalRow, mode=mode)

@@ -26,6 +26,8 @@ from avmae_fast.reference import ReferenceMAE
 from avmae_fast.reference.masking import masked_count
 from avmae_fast.train.inputs import InputStage
 from avmae_fast.train.optim import ReleasedAdamW, parameter_groups
+from avmae_fast.train.step import CapturedStep
+from benchmarks.harness import BenchmarkError
 from benchmarks.put_back import Part
 from benchmarks.rival import Prefetcher, RivalMAE
 from benchmarks.workload import HostBatch, Masks, Workload
@@ -228,6 +230,38 @@ class EngineRow(Row):
         # Parts are called again in the backward pass, where something is computed a second time.
         with self._part():
             return super().backward(host, coming, masks)
+
+
+class GraphRow(EngineRow):
+    """C with its steps launched as CUDA graphs, as `train.cuda_graph` has them."""
+
+    def __init__(self, work: Workload) -> None:
+        if work.device.type != "cuda":
+            raise BenchmarkError("CUDA graphs want a GPU")
+        self._captured: CapturedStep | None = None
+        super().__init__(work)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return ReleasedAdamW(parameter_groups(self.model), lr=_RATE, capturable=True)
+
+    def step(self, host: HostBatch, coming: HostBatch) -> Tensor:
+        inputs = self._ahead(host.clips, coming.clips)
+        if self._captured is None:
+            assert isinstance(self.optimizer, ReleasedAdamW)
+            assert isinstance(self.model, AudiovisualMAE)
+            self._captured = CapturedStep(self.model, self.optimizer, self.autocast)
+            for _ in range(CapturedStep.EAGER_STEPS):
+                self._captured(iter([inputs]), _RATE)
+        return self._captured(iter([inputs]), _RATE)[0]
+
+    def park(self, device: torch.device) -> None:
+        # A graph knows where weights were.
+        self._captured = None
+        super().park(device)
+
+    def close(self) -> None:
+        self._captured = None
+        super().close()
 
 
 def build(name: str, work: Workload, rival_mode: str = RIVAL_MODES[0]) -> Row:
