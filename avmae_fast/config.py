@@ -284,7 +284,9 @@ class DataConfig:
     A sample is `video.frames` frames, `stride` ticks of a clock of `fps` apart, and
     `audio.frames` spectrogram rows (10 ms each) from the same start. `clip_end` says what happens
     where a window passes the end of a clip: `wrap` to its start (released) or `pad` (the last
-    frame stands still, the sound is silent).
+    frame stands still, the sound is silent). `pixels` is what travels to the GPU: `rgb`, or
+    `yuv420`, the planes that a decoder leaves, in half the bytes and without a conversion on the
+    host; RGB is then made where patches are gathered.
 
     `repeat_windows` stretches of time are drawn from a record each time that it is opened, and
     `repeat_views` crops, flips and masks from each of those: repeated sampling, which saves
@@ -299,6 +301,7 @@ class DataConfig:
     fps: float = 25.0
     stride: int = 4
     short_side: int = 256
+    pixels: Literal["rgb", "yuv420"] = "rgb"
     flip: bool = True
     clip_end: Literal["wrap", "pad"] = "wrap"
     missing_audio: Literal["substitute", "silence"] = "substitute"
@@ -311,6 +314,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require_choice("data.reader", self.reader, Literal["auto", "pyav", "torchcodec", "decord"])
+        _require_choice("data.pixels", self.pixels, Literal["rgb", "yuv420"])
         _require_choice("data.clip_end", self.clip_end, Literal["wrap", "pad"])
         _require_choice("data.cache", self.cache, Literal["none", "ram"])
         choices = Literal["substitute", "silence"]
@@ -432,3 +436,9 @@ class Config:
         # A record that two micro-batches share would be decoded for each.
         valid = f"a multiple of data.repeat_windows * data.repeat_views = {repeat}"
         _require(micro_batch % repeat == 0, "train.batch // train.accumulate", micro_batch, valid)
+        video = self.model.video
+        if video is not None and self.data.pixels == "yuv420":
+            valid = "even with data.pixels = 'yuv420': two pixels share their chroma"
+            for name in ("height", "width"):
+                side = getattr(video, name)
+                _require(side % 2 == 0, f"video.{name}", side, valid)

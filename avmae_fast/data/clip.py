@@ -35,6 +35,7 @@ SOUND_PREROLL_S = 1.0
 
 ErrorKind = Literal["open", "no_video", "no_audio", "decode", "short", "timeout", "crash"]
 Size = int | tuple[int, int] | None
+Pixels = Literal["rgb", "yuv420"]
 
 
 class ClipError(Exception):
@@ -100,12 +101,13 @@ class ClipReader(Protocol):
     def read_pictures(self, times_s: NDArray[np.float64], size: Size) -> list[NDArray[np.uint8]]:
         """The pictures on display at `times_s` (any order, repeats allowed), N of [H, W, 3].
 
-        Equal times may give one array twice; all have the same shape.
+        Equal times may give one array twice; all have the same shape. A reader that was opened for
+        planes gives [3H/2, W]: see `avmae_fast.data.planes`.
         """
         ...
 
     def read_video(self, times_s: NDArray[np.float64], size: Size) -> NDArray[np.uint8]:
-        """The same pictures as one array, [N, H, W, 3]."""
+        """The same pictures as one array, [N, H, W, 3] or [N, 3H/2, W]."""
         ...
 
     def read_audio(self, start: int, samples: int) -> NDArray[np.int16]:
@@ -136,7 +138,7 @@ def check_times(times_s: NDArray[np.float64]) -> None:
 
 
 def stacked(pictures: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Pictures as one array [N, H, W, 3]."""
+    """Pictures as one array [N, H, W, 3] or, of planes, [N, 3H/2, W]."""
     return np.stack(pictures) if pictures else np.zeros((0, 0, 0, 3), np.uint8)
 
 

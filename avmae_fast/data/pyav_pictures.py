@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from avmae_fast.data.clip import (
     TIME_TOLERANCE_S,
     ClipError,
+    Pixels,
     Size,
     check_times,
     require_reached,
     resize,
 )
+from avmae_fast.data.planes import planes_of
 from avmae_fast.data.pyav_guard import Guard, seek
 from avmae_fast.data.stages import stage
 
@@ -38,6 +40,7 @@ class Pictures:
 
     zero_s: where the clip's clock starts, in the container's time.
     promised_end_s: where the header says that the stream ends, on the clip's clock.
+    pixels: what pictures are made of.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Pictures:
         stream: VideoStream,
         zero_s: float,
         promised_end_s: float,
+        pixels: Pixels,
     ) -> None:
         assert stream.time_base is not None
         self._guard = guard
@@ -55,10 +59,11 @@ class Pictures:
         self._tick_s = float(stream.time_base)
         self._zero_s = zero_s
         self._promised_end_s = promised_end_s
+        self._pixels = pixels
         self._reformatter = VideoReformatter()
 
     def read(self, times_s: NDArray[np.float64], size: Size) -> list[NDArray[np.uint8]]:
-        """The pictures on display at `times_s` seconds, N of uint8 [H, W, 3]."""
+        """The pictures on display at `times_s` seconds, N of uint8 [H, W, 3] or [3H/2, W]."""
         check_times(times_s)
         if times_s.size == 0:
             return []
@@ -143,7 +148,7 @@ class Pictures:
         for frame in self._select(packets, wanted, needed):
             assert frame.pts is not None
             with stage("convert"):
-                pictures.append(pictures[-1] if frame.pts in shown else self._rgb(frame, size))
+                pictures.append(pictures[-1] if frame.pts in shown else self._picture(frame, size))
             shown[frame.pts] = frame.duration or 0
         return pictures, shown
 
@@ -178,12 +183,14 @@ class Pictures:
             yield from context.decode(packet)
         yield from context.decode(None)
 
-    def _rgb(self, frame: VideoFrame, size: Size) -> NDArray[np.uint8]:
-        """The frame as an upright RGB picture of the wanted size."""
+    def _picture(self, frame: VideoFrame, size: Size) -> NDArray[np.uint8]:
+        """The frame as an upright picture of the wanted size."""
         if frame.is_corrupt:
             raise ClipError("decode", self._guard.path, "a damaged picture")
         if frame.rotation % 90:
             raise ClipError("decode", self._guard.path, f"rotated by {frame.rotation} degrees")
+        if self._pixels == "yuv420":
+            return planes_of(frame, self._reformatter, size)
         # Left alone, the colour conversion starts a thread on every core.
         converted = self._reformatter.reformat(frame, format="rgb24", threads=1)
         rgb: NDArray[np.uint8] = converted.to_ndarray().view(np.uint8)

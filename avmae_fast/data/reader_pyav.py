@@ -15,7 +15,15 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from avmae_fast.data.clip import READ_TIMEOUT_S, ClipError, ClipInfo, Size, require_file, stacked
+from avmae_fast.data.clip import (
+    READ_TIMEOUT_S,
+    ClipError,
+    ClipInfo,
+    Pixels,
+    Size,
+    require_file,
+    stacked,
+)
 from avmae_fast.data.pyav_guard import Guard
 from avmae_fast.data.pyav_pictures import Pictures
 from avmae_fast.data.pyav_sound import Sound
@@ -26,8 +34,9 @@ av.logging.set_level(av.logging.PANIC)
 class PyavReader:
     """One open file, read through PyAV; see `ClipReader`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, pixels: Pixels = "rgb") -> None:
         require_file(path)
+        self._pixels = pixels
         self._guard = Guard(path)
         self._open()
 
@@ -77,7 +86,9 @@ class PyavReader:
             audio_rate_hz=audio.rate if audio else 0,
         )
         self._heard = False
-        self._pictures = Pictures(self._guard, container, video, zero_s, end_s) if video else None
+        self._pictures = None
+        if video:
+            self._pictures = Pictures(self._guard, container, video, zero_s, end_s, self._pixels)
         if audio:
             audio_end_s = _promised_end_s(container, audio, zero_s)
             self._sound = Sound(self._guard, container, audio, zero_s, audio_end_s)
@@ -92,11 +103,11 @@ class PyavReader:
         self._container.close()
 
     def read_video(self, times_s: NDArray[np.float64], size: Size) -> NDArray[np.uint8]:
-        """The pictures on display at `times_s`, uint8 [N, H, W, 3]; see `ClipReader`."""
+        """The pictures on display at `times_s`, as one array; see `ClipReader`."""
         return stacked(self.read_pictures(times_s, size))
 
     def read_pictures(self, times_s: NDArray[np.float64], size: Size) -> list[NDArray[np.uint8]]:
-        """The pictures on display at `times_s`, N of uint8 [H, W, 3]; see `ClipReader`."""
+        """The pictures on display at `times_s`, as they are to be made; see `ClipReader`."""
         if self._pictures is None:
             raise ClipError("no_video", self._guard.path, "there is no video track")
         return self._pictures.read(times_s, size)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avmae_fast.config import ConfigError
-from avmae_fast.data.clip import AUDIO_RATE_HZ, Clip, ClipError, ClipReader, Size
+from avmae_fast.data.clip import AUDIO_RATE_HZ, Clip, ClipError, ClipReader, Pixels, Size
 from avmae_fast.data.manifest import Record
 from avmae_fast.data.shard_manifest import ShardRecord
 
@@ -24,14 +24,23 @@ _PACKAGES: dict[ReaderName, tuple[str, str]] = {
 }
 
 
-def resolve_reader(name: str = "auto") -> ReaderName:
+def resolve_reader(name: str = "auto", pixels: Pixels = "rgb") -> ReaderName:
     """The reader to use; `auto` takes the first of pyav, torchcodec, decord that imports.
 
     Raises:
-        ConfigError: the name is unknown, or its package is missing or does not load.
+        ConfigError: the name is unknown, its package is missing or does not load, or it does not
+            deliver `pixels`.
     """
-    if name == "auto":
-        return _first_that_loads()
+    reader = _first_that_loads() if name == "auto" else _named(name)
+    if pixels == "yuv420" and reader != "pyav":
+        raise ConfigError(
+            f"data.pixels = 'yuv420' needs reader = 'pyav' (pip install av), got {reader!r}, which "
+            "gives RGB only"
+        )
+    return reader
+
+
+def _named(name: str) -> ReaderName:
     if name not in _PACKAGES:
         raise ConfigError(
             f"reader = {name!r} is not valid: it must be auto, {', '.join(_PACKAGES)}"
@@ -80,18 +89,23 @@ def reader_problems() -> dict[ReaderName, str | None]:
     }
 
 
-def open_clip(path: Path | str, reader: str = "auto") -> ClipReader:
+def open_clip(path: Path | str, reader: str = "auto", pixels: Pixels = "rgb") -> ClipReader:
     """An open file, to be closed after use (a context manager).
 
+    Args:
+        path: a media file.
+        reader: auto, pyav, torchcodec or decord.
+        pixels: `rgb`, or `yuv420` for pictures as planes (see `avmae_fast.data.planes`).
+
     Raises:
-        ConfigError: the reader is not installed.
+        ConfigError: the reader is not installed, or does not deliver `pixels`.
         ClipError: the file cannot be opened.
     """
-    match resolve_reader(reader):
+    match resolve_reader(reader, pixels):
         case "pyav":
             from avmae_fast.data.reader_pyav import PyavReader
 
-            return PyavReader(Path(path))
+            return PyavReader(Path(path), pixels)
         case "torchcodec":
             from avmae_fast.data.reader_torchcodec import TorchcodecReader
 

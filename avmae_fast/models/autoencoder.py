@@ -15,6 +15,7 @@ from avmae_fast.models.blocks import Stack
 from avmae_fast.models.decoder import Question, question
 from avmae_fast.models.encoder import (
     Encoder,
+    layout_of,
     learned_tables,
     patch_of,
     position_table,
@@ -85,7 +86,8 @@ class AudiovisualMAE(Encoder):
         """Encode the visible tokens, predict the others and compare.
 
         Args:
-            video: [B, T, H, W, 3], uint8, or floating in [-1, 1]. Left out for an audio model.
+            video: [B, T, H, W, 3], uint8, or floating in [-1, 1], or planes [B, T, 3H/2, W] uint8
+                of limited BT.601 (see `avmae_kernels.yuv`). Left out for an audio model.
             audio: standardised log-mel, [B, frames, mel_bins], floating.
             masks: visible and masked tokens of each modality.
             valid: weight of each clip in the loss, [B]; 0 leaves it out. None: all ones.
@@ -106,6 +108,7 @@ class AudiovisualMAE(Encoder):
                 self.config.target_norm,
                 valid,
                 self.config.loss_mean_over_patch,
+                layout=layout_of(source),
             )
             for m, source in inputs.items()
         }

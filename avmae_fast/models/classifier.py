@@ -16,7 +16,7 @@ from avmae_fast.config import Modality
 from avmae_fast.finetune_config import ClassifierConfig
 from avmae_fast.models.blocks import Stack, seam
 from avmae_fast.models.drop_path import DropPath, LayerDrop
-from avmae_fast.models.encoder import check_inputs, patch_of
+from avmae_fast.models.encoder import check_inputs, layout_of, patch_of
 from avmae_fast.models.init import (
     LEARNED_POS_STD,
     learned_positions,
@@ -216,7 +216,13 @@ class Classifier(nn.Module):
         visible = torch.arange(count, device=source.device).expand(batch, count)
         linear = cast(nn.Linear, self.patch_embed[m])
         tokens = patch_embed_visible(
-            source, visible, linear.weight, linear.bias, pos.contiguous(), patch_of(config, m)
+            source,
+            visible,
+            linear.weight,
+            linear.bias,
+            pos.contiguous(),
+            patch_of(config, m),
+            layout=layout_of(source),
         )
         if config.pool == "mean":
             return tokens

@@ -18,6 +18,7 @@ from avmae_fast.models.layout import TokenMask, pack, unpack
 from avmae_fast.models.pretrained import Pretrained
 from avmae_fast.positions import sincos1d, sincos_grid
 from avmae_kernels.patch_embed import patch_embed_visible
+from avmae_kernels.patches import VideoLayout
 
 
 class Encoder(Pretrained):
@@ -64,7 +65,8 @@ class Encoder(Pretrained):
         Those of `prefix_tokens` come first: [B, prefix_tokens + V, D].
 
         Args:
-            video: [B, T, H, W, 3], uint8, or floating in [-1, 1]. Left out for an audio model.
+            video: [B, T, H, W, 3], uint8, or floating in [-1, 1], or planes [B, T, 3H/2, W] uint8
+                of limited BT.601 (see `avmae_kernels.yuv`). Left out for an audio model.
             audio: standardised log-mel, [B, frames, mel_bins], floating.
             masks: which tokens of each modality to look at; None looks at all of them.
 
@@ -97,9 +99,11 @@ class Encoder(Pretrained):
         if self.config.modality_tokens:
             pos = pos + self.modality_token[m]
         linear = cast(nn.Linear, self.patch_embed[m])
-        patch = patch_of(self.config, m)
+        patch, layout = patch_of(self.config, m), layout_of(source)
         ahead, places = pos.split([self.config.prefix_tokens, self.config.input(m).tokens])
-        x = patch_embed_visible(source, mask.visible, linear.weight, linear.bias, places, patch)
+        x = patch_embed_visible(
+            source, mask.visible, linear.weight, linear.bias, places, patch, layout=layout
+        )
         if not self.config.prefix_tokens:
             return x
         prefix = (self.prefix_token[m] + ahead).to(x.dtype).expand(x.shape[0], -1, -1)
@@ -133,7 +137,7 @@ def check_inputs(
             raise ValueError(f"{m}: this model was configured {state} {m}, got {got}")
         if tensor is None or spec is None:
             continue
-        shape = input_shape(spec)
+        shape = input_shape(spec, planes=tensor.ndim == 4)
         if tuple(tensor.shape[1:]) != shape:
             want = ["B", *shape]
             raise ValueError(f"{m} has shape {list(tensor.shape)}, this model wants {want}")
@@ -180,11 +184,18 @@ def position_table(config: ModelConfig, m: Modality, width: int) -> Tensor:
     return F.pad(torch.tensor(table), (0, 0, config.prefix_tokens, 0))
 
 
-def input_shape(config: VideoConfig | AudioConfig) -> tuple[int, ...]:
-    """Shape of one clip: (T, H, W, 3) or (frames, mel_bins)."""
-    if isinstance(config, VideoConfig):
-        return config.frames, config.height, config.width, 3
-    return config.frames, config.mel_bins
+def input_shape(config: VideoConfig | AudioConfig, planes: bool = False) -> tuple[int, ...]:
+    """Shape of one clip: (T, H, W, 3), as planes (T, 3H/2, W), or (frames, mel_bins)."""
+    if not isinstance(config, VideoConfig):
+        return config.frames, config.mel_bins
+    if planes:
+        return config.frames, config.height * 3 // 2, config.width
+    return config.frames, config.height, config.width, 3
+
+
+def layout_of(source: Tensor) -> VideoLayout:
+    """How a model's input lies in memory: planes are what has four axes."""
+    return "I420" if source.ndim == 4 else "THWC"
 
 
 def patch_of(config: Backbone, m: Modality) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from avmae_fast.models.encoder import patch_of
 from avmae_fast.models.patches import patchify, unpatchify
 from avmae_kernels.patches import normalise_pixels
 from avmae_kernels.reconstruction_loss import target_statistics
+from avmae_kernels.yuv import i420_to_rgb
 
 Array = NDArray[np.float32]
 
@@ -81,6 +82,8 @@ def _pictures(
     scored_BS: Tensor,
 ) -> list[Picture]:
     patch, grid = patch_of(config, m), config.input(m).grid
+    if source.ndim == 4:
+        source = i420_to_rgb(source)
     original_BNP = patchify(normalise_pixels(source, torch.float32), patch)
     clip = torch.arange(len(source), device=source.device)[:, None]
     raw = original_BNP.clone()

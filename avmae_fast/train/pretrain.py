@@ -159,7 +159,7 @@ def _run_steps(
         held_out = _held_out_clips(config)
         if held_out is not None:
             stack.enter_context(held_out)
-        check_kernels(config.model, device, autocast)
+        check_kernels(config.model, device, autocast, config.data.pixels == "yuv420")
         model = build_model(config, device)
         size = checkpoint_bytes(model)
         called = distribute(model, world, train.parallel)

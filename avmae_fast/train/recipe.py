@@ -139,8 +139,13 @@ def set_determinism(train: TrainConfig) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def check_kernels(model: ModelConfig, device: torch.device, autocast: Autocast) -> None:
-    """Try the kernels this model will run on this GPU; what fails is replaced, with a warning."""
+def check_kernels(
+    model: ModelConfig, device: torch.device, autocast: Autocast, planes: bool = False
+) -> None:
+    """Try the kernels this model will run on this GPU; what fails is replaced, with a warning.
+
+    planes: whether its video comes as planes.
+    """
     if device.type != "cuda" or not HAVE_TRITON:
         return
     use_newest_ptxas()
@@ -157,6 +162,7 @@ def check_kernels(model: ModelConfig, device: torch.device, autocast: Autocast) 
         audio_patch=None if model.audio is None else model.audio.patch,
         gelu=model.gelu,
         target_norm=model.target_norm,
+        planes=planes,
     )
     self_check(device, use)
 

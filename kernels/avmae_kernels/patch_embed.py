@@ -34,6 +34,7 @@ from avmae_kernels.patches import (
     view_clips,
 )
 from avmae_kernels.row_sums import sum_by_position, sum_rows
+from avmae_kernels.yuv import Colour
 
 _ELEMENTS, _WARPS = 2048, 4
 
@@ -171,7 +172,8 @@ _EMBED_BACKWARD = define(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    clips, ctx.patch, ctx.size, crop, flip, visible, weight, bias, pos, ctx.dtype = inputs
+    clips, ctx.patch, ctx.size, crop, flip, ctx.pixels, visible, *rest = inputs
+    weight, bias, pos, ctx.dtype = rest
     # The patches are gathered again: the clips are there anyway, for the loss.
     ctx.save_for_backward(clips, crop, flip, visible)
     ctx.dtypes = weight.dtype, bias.dtype, pos.dtype
@@ -180,11 +182,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     clips, crop, flip, visible = ctx.saved_tensors
-    view = clips, ctx.patch, ctx.size, crop, flip
-    positions = ctx.positions if ctx.needs_input_grad[8] else 0
+    view = clips, ctx.patch, ctx.size, crop, flip, ctx.pixels
+    positions = ctx.positions if ctx.needs_input_grad[9] else 0
     grads = _EMBED_BACKWARD(grad, *view, visible, ctx.dtype, positions)
     weight, bias, pos = (g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
-    return *(6 * [None]), weight, bias, pos if positions else None, None
+    return *(7 * [None]), weight, bias, pos if positions else None, None
 
 
 register_backward("patch_embed_visible", _backward, _setup_context)
@@ -202,23 +204,27 @@ def patch_embed_visible(
     crop: Tensor | None = None,
     size: tuple[int, int] | None = None,
     flip: Tensor | None = None,
+    colour: Colour = "bt601",
 ) -> Tensor:
     """Return `normalised patch @ weight.T + bias + pos` for the visible tokens of every clip.
 
     Args:
         source: video [B, T, H, W, 3], uint8 (taken to [-1, 1] inside) or floating (taken as it
-            is), or a log-mel spectrogram [B, T, F], floating. Gets no gradient.
+            is), or planes of it [B, T, 3H/2, W] uint8, or a log-mel spectrogram [B, T, F],
+            floating. Gets no gradient.
         visible: token numbers, [B, K], int64, in [0, N), no token twice in a clip. Values are not
             checked.
         weight: [D, P], rows in the order of a patch vector. Differentiable.
         bias: [D]. Differentiable.
         pos: position (plus modality) of each token, [N, D]. Differentiable where it is learned.
         patch: (t, h, w) for video, (time, frequency) for a spectrogram.
-        layout: `THWC`, or `CTHW` for video [B, 3, T, H, W]; a patch vector is the same.
+        layout: `THWC`, or `CTHW` for video [B, 3, T, H, W], or `I420` for planes, which are
+            converted inside (see `avmae_kernels.yuv`); a patch vector is the same.
         crop: top and left pixel of the part of each clip that is seen, [B, 2], int32, with its
             `size`. It must lie inside the clip, which is not checked.
         size: height and width of that part.
         flip: clips that are seen mirrored left to right, after the crop, [B], bool.
+        colour: colour space of planes.
 
     Returns:
         Tokens [B, K, D]; the product in `weight`'s dtype (or autocast's), the sum in the wider of
@@ -228,7 +234,7 @@ def patch_embed_visible(
         ValueError: a shape or dtype is not as above.
     """
     op = "patch_embed_visible"
-    view = view_clips(op, source, patch, layout, crop, size, flip)
+    view = view_clips(op, source, patch, layout, crop, size, flip, colour)
     check_index(op, "visible", visible, source)
     refuse_source_gradient(op, source)
     D, P = weight.shape if weight.ndim == 2 else (-1, -1)
@@ -238,7 +244,7 @@ def patch_embed_visible(
     if view.values != P:
         want = f"P = {view.values} columns of weight for patch {patch}"
         raise wanted(op, want, source=source, weight=weight)
-    if not (source.is_floating_point() or (source.ndim == 5 and source.dtype == torch.uint8)):
+    if not (source.is_floating_point() or (source.ndim != 3 and source.dtype == torch.uint8)):
         want = "uint8 or floating video or a floating spectrogram"
         raise wanted(op, want, source=source)
     if not (bias.is_contiguous() and pos.is_contiguous()):

@@ -26,6 +26,7 @@ from avmae_kernels.patches import (
     refuse_source_gradient,
     view_clips,
 )
+from avmae_kernels.yuv import Colour, coefficients, convert
 
 # Counts and strides that a kernel must not be compiled for anew, and pointers into slices.
 COUNTS = ["total", "K", "index_b", "index_k", "rows", "columns", "width", "stride_w", "stride_c"]
@@ -33,6 +34,8 @@ SLICES = ["index_ptr", "crop_ptr", "flip_ptr"]
 # 16 elements a thread: one 128-bit load of uint8 and two 128-bit stores of bf16. The same on every
 # architecture, since the kernel only moves memory.
 _ELEMENTS, _WARPS = 2048, 4
+# A value of planes takes three addresses: half as many values a thread, and its registers suffice.
+_PLANES_ELEMENTS = 1024
 
 
 @triton.jit
@@ -67,16 +70,52 @@ def pixel_offsets(
 
 
 @triton.jit
+def _load_planes(
+    clips_ptr, clip_R, token_R, live_R, value_P, crop_ptr, flip_ptr,
+    stride_b, stride_t, stride_h, stride_c, rows, columns, width,
+    PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, YUV: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """`load_pixels` of planes; the first chroma plane begins stride_c behind the luma."""
+    site_R = token_R % (rows * columns)
+    frame_RP = (token_R // (rows * columns) * PT)[:, None] + (value_P // (PH * PW * 3))[None, :]
+    y_RP = (site_R // columns * PH)[:, None] + (value_P // (PW * 3) % PH)[None, :]
+    x_RP = (site_R % columns * PW)[:, None] + (value_P // 3 % PW)[None, :]
+    live_RP = live_R[:, None]
+    if not EVEN:
+        live_RP = live_RP & (value_P < PT * PH * PW * 3)[None, :]
+    if flip_ptr is not None:
+        mirrored_R = tl.load(flip_ptr + clip_R, mask=live_R, other=0) != 0
+        x_RP = tl.where(mirrored_R[:, None], width - 1 - x_RP, x_RP)
+    if crop_ptr is not None:
+        y_RP += tl.load(crop_ptr + clip_R * 2, mask=live_R, other=0)[:, None]
+        x_RP += tl.load(crop_ptr + clip_R * 2 + 1, mask=live_R, other=0)[:, None]
+    first_RP = clips_ptr + (clip_R * stride_b)[:, None] + frame_RP.to(tl.int64) * stride_t
+    # Inside a frame 32 bits are enough.
+    luma_RP = tl.load(first_RP + y_RP * stride_h + x_RP, mask=live_RP, other=0)
+    chroma_RP = first_RP + stride_c + (y_RP // 2 * (stride_h // 2) + x_RP // 2)
+    u_RP = tl.load(chroma_RP, mask=live_RP, other=0)
+    v_RP = tl.load(chroma_RP + stride_c // 4, mask=live_RP, other=0)
+    rgb_RP = convert(luma_RP, u_RP, v_RP, (value_P % 3)[None, :], YUV)
+    return tl.where(live_RP, rgb_RP, 0)
+
+
+@triton.jit
 def load_pixels(
     clips_ptr, clip_R, token_R, live_R, value_P, crop_ptr, flip_ptr,
     stride_b, stride_t, stride_h, stride_w, stride_c, rows, columns, width,
     PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
-    EVEN: tl.constexpr,
+    YUV: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Raw values value_P of the patches token_R, [R, P]; 0 in dead rows and past the patch's end.
 
-    EVEN: no value_P is past the end.
+    EVEN: no value_P is past the end. YUV: `yuv.coefficients` of planes; None for any other clips.
     """
+    if YUV is not None:
+        return _load_planes(
+            clips_ptr, clip_R, token_R, live_R, value_P, crop_ptr, flip_ptr,
+            stride_b, stride_t, stride_h, stride_c, rows, columns, width,
+            PT, PH, PW, YUV, EVEN,
+        )  # fmt: skip
     offset_RP = pixel_offsets(
         clip_R, token_R, live_R, value_P, crop_ptr, flip_ptr,
         stride_b, stride_t, stride_h, stride_w, stride_c, rows, columns, width,
@@ -106,7 +145,7 @@ def _gather_kernel(
     total, K, index_b, index_k,
     stride_b, stride_t, stride_h, stride_w, stride_c, rows, columns, width,
     PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    YUV: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # One program writes BLOCK values of ROWS patches.
     P: tl.constexpr = PT * PH * PW * C
@@ -119,7 +158,7 @@ def _gather_kernel(
     x_RP = load_pixels(
         clips_ptr, clip_R, token_R.to(tl.int32), live_R, value_P, crop_ptr, flip_ptr,
         stride_b, stride_t, stride_h, stride_w, stride_c, rows, columns, width,
-        PT, PH, PW, C, PACKED, EVEN,
+        PT, PH, PW, C, PACKED, YUV, EVEN,
     )  # fmt: skip
     live_RP = live_R[:, None]
     if not EVEN:
@@ -130,10 +169,16 @@ def _gather_kernel(
 
 def pixel_arguments(view: ClipView) -> dict[str, Any]:
     """Arguments, by name, of every kernel that calls `pixel_offsets`."""
-    clips, (pt, ph, pw), (height, width), crop, flip = view
-    strides = dict(zip("bthwc", clips.stride(), strict=True))
-    channels = clips.shape[-1]
-    packed = strides["w"] == channels and (channels == 1 or strides["c"] == 1)
+    clips, (pt, ph, pw), (height, width), crop, flip, pixels = view
+    channels = view.channels
+    if pixels == "rgb":
+        strides = dict(zip("bthwc", clips.stride(), strict=True))
+        packed = strides["w"] == channels and (channels == 1 or strides["c"] == 1)
+    else:
+        # From one channel to the next: a plane of luma.
+        plane = clips.shape[2] // 3 * 2 * clips.shape[3]
+        strides = dict(zip("bthwc", (*clips.stride(), plane), strict=True))
+        packed = False
     return {
         "clips_ptr": clips,
         "crop_ptr": crop,
@@ -147,6 +192,7 @@ def pixel_arguments(view: ClipView) -> dict[str, Any]:
         "PW": pw,
         "C": channels,
         "PACKED": packed and flip is None,
+        "YUV": None if pixels == "rgb" else coefficients(pixels),
     }
 
 
@@ -157,7 +203,7 @@ def launch_gather(view: ClipView, index: Tensor, dtype: torch.dtype) -> Tensor:
     out = index.new_empty(B, K, values, dtype=dtype)
     if out.numel() == 0:
         return out
-    tile = _tile(values)
+    tile = pixel_tile(values, view.pixels != "rgb")
     grid = (triton.cdiv(B * K, tile["ROWS"]), triton.cdiv(values, tile["BLOCK"]))
     _gather_kernel[grid](
         index_ptr=index,
@@ -173,9 +219,10 @@ def launch_gather(view: ClipView, index: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _tile(values: int) -> dict[str, int]:
+def pixel_tile(values: int, planes: bool) -> dict[str, int]:
+    """Patches and values of each that a program of `_WARPS` warps reads at once."""
     block = column_block(values, 512)
-    return {"ROWS": _ELEMENTS // block, "BLOCK": block}
+    return {"ROWS": (_PLANES_ELEMENTS if planes else _ELEMENTS) // block, "BLOCK": block}
 
 
 def _meaning(*arguments: Any) -> Tensor:
@@ -197,7 +244,7 @@ def _fake(*arguments: Any) -> Tensor:
 
 
 # A `ClipView` in torch's schema language; every operation that reads patches starts with it.
-VIEW_SCHEMA = "Tensor clips, int[] patch, int[] size, Tensor? crop, Tensor? flip"
+VIEW_SCHEMA = "Tensor clips, int[] patch, int[] size, Tensor? crop, Tensor? flip, str pixels"
 _GATHER = define(
     f"gather_patches_normalised({VIEW_SCHEMA}, Tensor index, ScalarType dtype) -> Tensor",
     meaning=_meaning,
@@ -216,6 +263,7 @@ def gather_patches_normalised(
     crop: Tensor | None = None,
     size: tuple[int, int] | None = None,
     flip: Tensor | None = None,
+    colour: Colour = "bt601",
 ) -> Tensor:
     """Return the patches `index[b]` of every clip as the network sees them: [B, K, P], `dtype`.
 
@@ -228,15 +276,17 @@ def gather_patches_normalised(
         ValueError: as `gather_patches`, or the source requires a gradient.
     """
     op = "gather_patches_normalised"
-    view = view_clips(op, source, patch, layout, crop, size, flip)
+    view = view_clips(op, source, patch, layout, crop, size, flip, colour)
     check_index(op, "index", index, source)
     refuse_source_gradient(op, source)
     return _GATHER(*view, index, dtype)
 
 
-# The patches of the released models and their sources: tubelets of uint8 video, squares of log-mel.
+# The patches of the released models and their sources: tubelets of uint8 video, as pixels or as
+# planes, and squares of log-mel.
 SHIPPED_PATCHES = {
     "video": {"PT": 2, "PH": 16, "PW": 16, "C": 3},
+    "planes": {"PT": 2, "PH": 16, "PW": 16, "C": 3},
     "spectrogram": {"PT": 1, "PH": 16, "PW": 16, "C": 1},
 }
 
@@ -246,16 +296,31 @@ def pixel_case(kind: str, moved: bool = False) -> tuple[dict[str, str], dict[str
 
     moved: with a crop and a flip, hence read a byte at a time.
     """
-    types = {"video": "*u8", "spectrogram": "*fp32"}
+    types = {"video": "*u8", "planes": "*u8", "spectrogram": "*fp32"}
     signature = {"clips_ptr": types[kind], "index_ptr": "*i64", **dict.fromkeys(COUNTS, "i32")}
     signature |= dict.fromkeys(("stride_b", "stride_t", "stride_h"), "i32")
-    constants: dict[str, Any] = {**SHIPPED_PATCHES[kind], "PACKED": not moved}
+    planes = kind == "planes"
+    constants: dict[str, Any] = {
+        **SHIPPED_PATCHES[kind],
+        "PACKED": not moved and not planes,
+        "YUV": coefficients("bt601") if planes else None,
+    }
     aligned = ["clips_ptr", "stride_b", "stride_t", "stride_h"]
     if moved:
         signature |= {"crop_ptr": "*i32", "flip_ptr": "*u8"}
     else:
         constants |= {"crop_ptr": None, "flip_ptr": None}
     return signature, constants, aligned
+
+
+def reads_wide(kind: str, moved: bool) -> bool:
+    """Whether a case reads 128 bits at once.
+
+    Mirrored pixels lie backwards in memory. Of planes the values of a patch vector, which are red,
+    green and blue in turn, need the same byte of luma three times and one of chroma twelve times:
+    they are read a byte at a time too, out of the cache.
+    """
+    return not moved and kind != "planes"
 
 
 def compile_cases() -> list[CompileCase]:
@@ -275,11 +340,11 @@ def compile_cases() -> list[CompileCase]:
                 kernel=_gather_kernel,
                 arch=arch,
                 signature=signature | {"out_ptr": f"*{out}"},
-                constexprs=constants | _tile(values),
+                constexprs=constants | pixel_tile(values, kind == "planes"),
                 aligned=(*aligned, "out_ptr"),
                 num_warps=_WARPS,
-                wide_loads=not moved,
-                min_blocks=6 if moved else 12,
+                wide_loads=reads_wide(kind, moved),
+                min_blocks={"planes": 8}.get(kind, 6 if moved else 12),
             )
         )
     return cases

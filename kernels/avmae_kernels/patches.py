@@ -14,18 +14,20 @@ import torch
 from torch import Tensor
 
 from avmae_kernels._check import wanted
+from avmae_kernels.yuv import Colour, coefficients, read_i420, require_i420
 
-VideoLayout = Literal["THWC", "CTHW"]
+VideoLayout = Literal["THWC", "CTHW", "I420"]
 
 
 class ClipView(NamedTuple):
     """A batch of clips as operations read it; a spectrogram is a video of one frame and channel.
 
-    clips: [B, T, H, W, C], a view of the source in any memory layout.
+    clips: [B, T, H, W, C], a view of the source in any memory layout; or planes, as `pixels` says.
     patch: size of a patch along T, H and W.
     size: height and width of the window that is seen.
     crop: [B, 2] int32, top and left of the window in each clip; None: it is the whole picture.
     flip: [B] bool, whether the window is mirrored left to right; None: nowhere.
+    pixels: `rgb`, or the colour space of planes [B, T, 3H/2, W], which are read as RGB.
     """
 
     clips: Tensor
@@ -33,11 +35,17 @@ class ClipView(NamedTuple):
     size: tuple[int, int]
     crop: Tensor | None
     flip: Tensor | None
+    pixels: Literal["rgb"] | Colour
+
+    @property
+    def channels(self) -> int:
+        """Values in a pixel."""
+        return self.clips.shape[-1] if self.pixels == "rgb" else 3
 
     @property
     def values(self) -> int:
         """Values in a patch vector."""
-        return math.prod(self.patch) * self.clips.shape[-1]
+        return math.prod(self.patch) * self.channels
 
 
 def view_clips(
@@ -48,31 +56,42 @@ def view_clips(
     crop: Tensor | None = None,
     size: tuple[int, int] | None = None,
     flip: Tensor | None = None,
+    colour: Colour = "bt601",
 ) -> ClipView:
     """The arguments by which `op` was told what to read, checked; see `gather_patches`."""
-    if source.ndim not in (3, 5) or len(patch) != (3 if source.ndim == 5 else 2):
-        want = f"video [B, T, H, W, 3] or spectrogram [B, T, F] for patch {tuple(patch)}"
-        raise wanted(op, want, source=source)
     if layout not in get_args(VideoLayout):
-        raise ValueError(f"{op} wants layout 'THWC' or 'CTHW', got {layout!r}")
+        raise ValueError(f"{op} wants layout 'THWC', 'CTHW' or 'I420', got {layout!r}")
+    video_axes = 4 if layout == "I420" else 5
+    if source.ndim not in (3, video_axes) or len(patch) != (3 if source.ndim != 3 else 2):
+        frame = "3H/2, W" if layout == "I420" else "H, W, 3"
+        want = f"video [B, T, {frame}] or spectrogram [B, T, F] for patch {tuple(patch)}"
+        raise wanted(op, want, source=source)
     if source.ndim == 3:
         if crop is not None or size is not None or flip is not None:
             raise wanted(op, "crop, size and flip for video only", source=source)
         clips, tubelet = source[:, None, :, :, None], (1, patch[0], patch[1])
+        full = (clips.shape[2], clips.shape[3])
+    elif layout == "I420":
+        require_i420(op, source)
+        coefficients(colour)
+        clips, tubelet = source, (patch[0], patch[1], patch[2])
+        full = (clips.shape[2] // 3 * 2, clips.shape[3])
     else:
         clips = source if layout == "THWC" else source.permute(0, 2, 3, 4, 1)
         tubelet = (patch[0], patch[1], patch[2])
+        full = (clips.shape[2], clips.shape[3])
         if clips.shape[-1] != 3:
             raise wanted(op, f"3 colour channels in layout {layout}", source=source)
-    seen = _window(op, clips, crop, size, flip)
+    seen = _window(op, clips, full, crop, size, flip)
     if any(n < p for n, p in zip((clips.shape[1], *seen), tubelet, strict=True)):
         raise wanted(op, f"at least one patch of {tuple(patch)}", source=source)
-    return ClipView(clips, tubelet, seen, crop, flip)
+    return ClipView(clips, tubelet, seen, crop, flip, colour if clips.ndim == 4 else "rgb")
 
 
 def _window(
     op: str,
     clips: Tensor,
+    full: tuple[int, int],
     crop: Tensor | None,
     size: tuple[int, int] | None,
     flip: Tensor | None,
@@ -89,7 +108,6 @@ def _window(
             kind = str(dtype).removeprefix("torch.")
             want = f"{name} {kind} {list(shape)}, contiguous, on the clips' device"
             raise wanted(op, want, **{"clips": clips, name: tensor})
-    full = clips.shape[2], clips.shape[3]
     if (crop is None) != (size is None):
         raise ValueError(f"{op} wants crop and size together, got size {size}")
     if size is None:
@@ -139,6 +157,7 @@ def gather_patches(
     crop: Tensor | None = None,
     size: tuple[int, int] | None = None,
     flip: Tensor | None = None,
+    colour: Colour = "bt601",
 ) -> Tensor:
     """Return the patches `index[b]` of every clip b, flattened: [B, K, P], dtype of `source`.
 
@@ -147,26 +166,31 @@ def gather_patches(
             `patch` (time, frequency). Any dtype. Read only at the picked patches.
         index: token numbers, [B, K], int64, in [0, N). Not checked: it would stall a GPU.
         patch: size of a patch along each patched axis.
-        layout: `THWC`, or `CTHW` for video [B, 3, T, H, W]; the patches are the same.
+        layout: `THWC`, or `CTHW` for video [B, 3, T, H, W], or `I420` for planes of uint8
+            [B, T, 3H/2, W] as `avmae_kernels.yuv` lays them out. The patches are the same: of
+            planes, those of `i420_to_rgb(source, colour)`, which is not made.
         crop: top and left pixel of the part of each clip that is seen, [B, 2], int32, with its
             `size`. Tokens are numbered in it. It must lie inside the clip, which is not checked.
         size: height and width of that part.
         flip: clips that are seen mirrored left to right, after the crop, [B], bool.
+        colour: colour space of planes; `bt601` is what swscale takes for granted.
 
     Raises:
         ValueError: a shape or dtype is not as above, or the grid has no token.
     """
-    view = view_clips("gather_patches", source, patch, layout, crop, size, flip)
+    view = view_clips("gather_patches", source, patch, layout, crop, size, flip, colour)
     check_index("gather_patches", "index", index, source)
     return read_patches(view, index)
 
 
 def read_patches(view: ClipView, index: Tensor) -> Tensor:
     """`gather_patches` of checked arguments: what every kernel that reads patches must see."""
-    clips, (pt, ph, pw), size, crop, flip = view
+    clips, (pt, ph, pw), size, crop, flip, pixels = view
     B, K = index.shape
     if B * K == 0:
         return clips.new_empty(B, K, view.values)
+    if pixels != "rgb":
+        return _read_planes(view, index)
     of_b, of_t, of_h, of_w, of_c = clips.stride()
     rows, columns = size[0] // ph, size[1] // pw
     row = index // columns
@@ -197,6 +221,27 @@ def read_patches(view: ClipView, index: Tensor) -> Tensor:
         patches = patches.view(B, K, pt * ph, pw, channels)
         patches = torch.where(flip[:, None, None, None, None], patches.flip(3), patches)
     return patches.reshape(B, K, view.values)
+
+
+def _read_planes(view: ClipView, index: Tensor) -> Tensor:
+    """`read_patches` of planes, pixel by pixel: [B, K, P] uint8."""
+    clips, patch, (height, width), crop, flip, colour = view
+    B, K = index.shape
+    rows, columns = height // patch[1], width // patch[2]
+
+    def along(axis: int, token: Tensor) -> Tensor:
+        """Where the pixels of each patch lie along an axis: [B, K, 1, .., size, .., 1]."""
+        step = _steps(patch[axis], 1, index).view([-1 if a == axis else 1 for a in range(3)])
+        return token[..., None, None, None] * patch[axis] + step
+
+    row = index // columns
+    frame, y, x = along(0, row // rows), along(1, row % rows), along(2, index % columns)
+    clip = _steps(B, 1, index).view(-1, 1, 1, 1, 1)
+    if flip is not None:
+        x = torch.where(flip.view_as(clip), width - 1 - x, x)
+    if crop is not None:
+        y, x = y + crop[:, 0].view_as(clip), x + crop[:, 1].view_as(clip)
+    return read_i420(clips, clip, frame, y, x, colour).reshape(B, K, view.values)
 
 
 def _steps(count: int, stride: int, like: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from avmae_kernels.reconstruction_loss_kernels import (
     launch_loss,
     launch_scale,
 )
+from avmae_kernels.yuv import Colour
 
 
 def target_patches(
@@ -54,7 +55,7 @@ def target_patches(
     both of pixels in [0, 1]. These two leave a spectrogram as it is: it has no channels.
     """
     target = normalise_pixels(gather_patches(source, index, patch, **view), dtype)
-    mean, spread = target_statistics(target, norm, has_channels=source.ndim == 5)
+    mean, spread = target_statistics(target, norm, has_channels=source.ndim != 3)
     return (target - mean) / spread
 
 
@@ -199,7 +200,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    return _LOSS_BACKWARD(*ctx.saved_tensors, grad), *(10 * [None])
+    return _LOSS_BACKWARD(*ctx.saved_tensors, grad), *(11 * [None])
 
 
 register_backward("reconstruction_loss", _backward, _setup_context)
@@ -218,19 +219,21 @@ def reconstruction_loss(
     crop: Tensor | None = None,
     size: tuple[int, int] | None = None,
     flip: Tensor | None = None,
+    colour: Colour = "bt601",
 ) -> Tensor:
     """Return `sum(valid * |pred - target|^2) / (count * P)` over the scored tokens; a scalar.
 
     Args:
         pred: predicted patches, [B, S, P]. Differentiable.
-        source: what is predicted: video [B, T, H, W, 3], uint8 or floating in [-1, 1], or a
-            log-mel spectrogram [B, T, F], floating. Gets no gradient.
+        source: what is predicted: video [B, T, H, W, 3], uint8 or floating in [-1, 1], or
+            planes of it [B, T, 3H/2, W] uint8, or a log-mel spectrogram [B, T, F], floating. Gets
+            no gradient.
         scored: token number of each prediction, [B, S], int64. Values are not checked.
         patch: (t, h, w) for video, (time, frequency) for a spectrogram.
         norm: how a target patch is normalised, see `target_patches`.
         valid: weight of each clip, [B], 0 leaves it out, or None for all ones. No gradient.
         mean_over_patch: divide by P, as every released configuration does.
-        layout, crop, size, flip: what is seen of the source, as in `patch_embed_visible`.
+        layout, crop, size, flip, colour: what is seen of the source, as in `patch_embed_visible`.
 
     Returns:
         The loss, fp32 (fp64 for an fp64 `pred`). 0 where nothing is scored.
@@ -239,7 +242,7 @@ def reconstruction_loss(
         ValueError: a shape or dtype does not fit or `norm` is not a name above.
     """
     op = "reconstruction_loss"
-    view = view_clips(op, source, patch, layout, crop, size, flip)
+    view = view_clips(op, source, patch, layout, crop, size, flip, colour)
     check_index(op, "scored", scored, source)
     refuse_source_gradient(op, source)
     if pred.ndim != 3 or scored.shape != pred.shape[:2]:
@@ -251,7 +254,7 @@ def reconstruction_loss(
         raise ValueError(f"{op} wants norm in {choices}, got {norm!r}")
     if valid is not None and valid.shape != pred.shape[:1]:
         raise wanted(op, "valid [B]", pred=pred, valid=valid)
-    if not (source.is_floating_point() or (source.ndim == 5 and source.dtype == torch.uint8)):
+    if not (source.is_floating_point() or (source.ndim != 3 and source.dtype == torch.uint8)):
         want = "uint8 or floating video or a floating spectrogram"
         raise wanted(op, want, source=source)
     # The authors standardise channels of video alone.

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from avmae_kernels._column_sums import PROGRAMS
 from avmae_kernels._resources import CompileCase
-from avmae_kernels._tiles import column_block
 from avmae_kernels._triton import tl, triton
 from avmae_kernels.patch_gather import (
     COUNTS,
@@ -29,6 +28,8 @@ from avmae_kernels.patch_gather import (
     normalised,
     pixel_arguments,
     pixel_case,
+    pixel_tile,
+    reads_wide,
 )
 from avmae_kernels.patches import ClipView
 
@@ -40,7 +41,7 @@ TARGET_EPS = 1e-6
 # The authors divide by (scored tokens + 1e-8): a batch without a scored token has loss 0.
 COUNT_EPS = 1e-8
 
-_ELEMENTS, _WARPS = 2048, 4
+_WARPS = 4
 _TOTAL_BLOCK, _TOTAL_WARPS = 2048, 8
 # n * sum(x^2) - sum(x)^2 is taken in int64, but sum(x^2) of bytes in int32.
 MAX_VALUES = (2**31 - 1) // 255**2
@@ -55,6 +56,7 @@ def _statistics(
     clips_ptr, clip_R, token_R, live_R, crop_ptr, flip_ptr,
     stride_b, stride_t, stride_h, stride_w, stride_c, rows, columns, width,
     PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
+    YUV: tl.constexpr,
 ):  # fmt: skip
     """Shift and scale [R] that standardise the values p of a patch with p % GROUPS == GROUP.
 
@@ -72,12 +74,13 @@ def _statistics(
     else:
         sum_R = tl.zeros([ROWS], tl.float32)
         squares_R = tl.zeros([ROWS], tl.float32)
-    for chunk in tl.static_range(0, P, BLOCK):
+    # Unrolled, the addresses of planes would not fit the registers.
+    for chunk in (tl.static_range if YUV is None else tl.range)(0, P, BLOCK):
         value_P = chunk + tl.arange(0, BLOCK)
         x_RP = load_pixels(
             clips_ptr, clip_R, token_R, live_R, value_P, crop_ptr, flip_ptr,
             stride_b, stride_t, stride_h, stride_w, stride_c, rows, columns, width,
-            PT, PH, PW, C, PACKED, EVEN,
+            PT, PH, PW, C, PACKED, YUV, EVEN,
         )  # fmt: skip
         x_RP = x_RP.to(sum_R.dtype)
         if GROUPS > 1:
@@ -97,7 +100,7 @@ def _statistics(
             x_RP = load_pixels(
                 clips_ptr, clip_R, token_R, live_R, value_P, crop_ptr, flip_ptr,
                 stride_b, stride_t, stride_h, stride_w, stride_c, rows, columns, width,
-                PT, PH, PW, C, PACKED, EVEN,
+                PT, PH, PW, C, PACKED, YUV, EVEN,
             )  # fmt: skip
             mine_P = (value_P < P) & (value_P % GROUPS == GROUP)
             x_RP = tl.where(mine_P[None, :], x_RP.to(tl.float32) - sum_R[:, None], 0.0)
@@ -130,7 +133,7 @@ def _difference_kernel(
     total, K, index_b, index_k, pred_b, pred_s, pred_p,
     stride_b, stride_t, stride_h, stride_w, stride_c, rows, columns, width,
     PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
-    GROUPS: tl.constexpr, UNBIASED: tl.constexpr, EPS_ON_STD: tl.constexpr,
+    YUV: tl.constexpr, GROUPS: tl.constexpr, UNBIASED: tl.constexpr, EPS_ON_STD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # One program compares ROWS whole patches.
@@ -153,28 +156,28 @@ def _difference_kernel(
             0, GROUPS, UNBIASED, EPS_ON_STD, ROWS, BLOCK,
             clips_ptr, clip_R, token_R, counts_R, crop_ptr, flip_ptr,
             stride_b, stride_t, stride_h, stride_w, stride_c, rows, columns, width,
-            PT, PH, PW, C, PACKED,
+            PT, PH, PW, C, PACKED, YUV,
         )  # fmt: skip
     if GROUPS == 3:
         shift1_R, scale1_R = _statistics(
             1, GROUPS, UNBIASED, EPS_ON_STD, ROWS, BLOCK,
             clips_ptr, clip_R, token_R, counts_R, crop_ptr, flip_ptr,
             stride_b, stride_t, stride_h, stride_w, stride_c, rows, columns, width,
-            PT, PH, PW, C, PACKED,
+            PT, PH, PW, C, PACKED, YUV,
         )  # fmt: skip
         shift2_R, scale2_R = _statistics(
             2, GROUPS, UNBIASED, EPS_ON_STD, ROWS, BLOCK,
             clips_ptr, clip_R, token_R, counts_R, crop_ptr, flip_ptr,
             stride_b, stride_t, stride_h, stride_w, stride_c, rows, columns, width,
-            PT, PH, PW, C, PACKED,
+            PT, PH, PW, C, PACKED, YUV,
         )  # fmt: skip
     error_R = tl.zeros([ROWS], tl.float32)
-    for chunk in tl.static_range(0, P, BLOCK):
+    for chunk in (tl.static_range if YUV is None else tl.range)(0, P, BLOCK):
         value_P = chunk + tl.arange(0, BLOCK)
         x_RP = load_pixels(
             clips_ptr, clip_R, token_R, counts_R, value_P, crop_ptr, flip_ptr,
             stride_b, stride_t, stride_h, stride_w, stride_c, rows, columns, width,
-            PT, PH, PW, C, PACKED, EVEN,
+            PT, PH, PW, C, PACKED, YUV, EVEN,
         )  # fmt: skip
         if GROUPS == 0:
             target_RP = normalised(x_RP)
@@ -281,7 +284,7 @@ def launch_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, difference [B, S, P] (or empty) and factor [B]."""
     B, S, P = pred.shape
-    tile = _tile(P)
+    tile = pixel_tile(P, view.pixels != "rgb")
     programs = triton.cdiv(B * S, tile["ROWS"]) if P else 0
     if valid is not None:
         valid = valid.to(torch.float32).contiguous()
@@ -329,15 +332,10 @@ def launch_scale(difference: Tensor, factor: Tensor, grad: Tensor) -> Tensor:
     out = torch.empty_like(difference)
     if out.numel() == 0:
         return out
-    tile = _tile(P)
+    tile = pixel_tile(P, planes=False)
     grid = (triton.cdiv(B * S, tile["ROWS"]), triton.cdiv(P, tile["BLOCK"]))
     _scale_kernel[grid](difference, factor, grad, out, B * S, S, P, **tile, num_warps=_WARPS)
     return out
-
-
-def _tile(values: int) -> dict[str, int]:
-    block = column_block(values, 512)
-    return {"ROWS": _ELEMENTS // block, "BLOCK": block}
 
 
 def compile_cases() -> list[CompileCase]:
@@ -355,7 +353,7 @@ def compile_cases() -> list[CompileCase]:
                     **dict.fromkeys(("factor_ptr", "grad_ptr"), "*fp32"),
                     **dict.fromkeys(("total", "S"), "i32"),
                 },
-                constexprs={"P": P, **_tile(P)},
+                constexprs={"P": P, **pixel_tile(P, planes=False)},
                 aligned=("difference_ptr", "out_ptr", "factor_ptr"),
                 num_warps=_WARPS,
                 min_blocks=8,
@@ -397,6 +395,9 @@ def _difference_choices() -> Iterator[tuple[int, str, TargetNorm, str, bool]]:
             yield arch, "video", norm, "bf16", False
         yield arch, "spectrogram", "patch", "bf16", False
         yield arch, "video", "none", "bf16", True
+        for norm in NORMS:
+            yield arch, "planes", norm, "bf16", False
+        yield arch, "planes", "none", "bf16", True
 
 
 def _difference_case(
@@ -411,9 +412,15 @@ def _difference_case(
         kernel=_difference_kernel,
         arch=arch,
         signature={**signature, **pred, "error_ptr": "*fp32"},
-        constexprs={**constants, "pred_p": 1, "valid_ptr": None, **statistics_of(norm), **_tile(P)},
+        constexprs={
+            **constants,
+            "pred_p": 1,
+            "valid_ptr": None,
+            **statistics_of(norm),
+            **pixel_tile(P, source == "planes"),
+        },
         aligned=(*aligned, *pred, "error_ptr"),
         num_warps=_WARPS,
-        wide_loads=not moved,
+        wide_loads=reads_wide(source, moved),
         min_blocks=4,
     )

@@ -41,6 +41,7 @@ class Use:
         hidden: channels between the two layers of an MLP.
         head_dims: channels of an attention head.
         video_patch, audio_patch: sizes of a patch, None without that modality.
+        planes: whether video comes as planes.
     """
 
     dtype: torch.dtype
@@ -51,6 +52,7 @@ class Use:
     audio_patch: tuple[int, int] | None
     gelu: Approximation = "tanh"
     target_norm: TargetNorm = "none"
+    planes: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,15 @@ def _cases(use: Use) -> Iterator[_Case]:
         inputs = {"z": narrow(_TOKENS, M), "bias": normal(M), "approximate": use.gelu}
         yield _Case("bias_gelu", f"{M} channels {use.dtype}", bias_gelu, inputs, ["z", "bias"])
     for source, patch in _sources(use, draw):
-        tokens = math.prod(n // p for n, p in zip(source.shape[1:], patch, strict=False))
+        T, *sides = source.shape[1:]
+        if source.ndim == 4:
+            sides[0] = sides[0] // 3 * 2
+        tokens = math.prod(n // p for n, p in zip((T, *sides), patch, strict=False))
         scored = torch.arange(tokens)[None, ::2].contiguous()
-        P, D = math.prod(patch) * (3 if source.ndim == 5 else 1), use.widths[0]
+        P, D = math.prod(patch) * (1 if source.ndim == 3 else 3), use.widths[0]
         name = f"patch {patch} {use.dtype}"
-        seen = {"source": source, "patch": patch}
+        layout = "I420" if source.ndim == 4 else "THWC"
+        seen = {"source": source, "patch": patch, "layout": layout}
         embedding = {"weight": normal(D, P), "bias": normal(D), "pos": normal(tokens, D)}
         yield _Case(
             "patch_embed_visible", name, patch_embed_visible,
@@ -148,7 +154,7 @@ def _sources(use: Use, draw: torch.Generator) -> Iterator[tuple[Tensor, tuple[in
     """A clip of some patches for each modality."""
     if use.video_patch is not None:
         t, h, w = use.video_patch
-        shape = 1, 2 * t, 3 * h, 3 * w, 3
+        shape = (1, 2 * t, 6 * h, 4 * w) if use.planes else (1, 2 * t, 3 * h, 3 * w, 3)
         yield torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw), use.video_patch
     if use.audio_patch is not None:
         rows, bins = use.audio_patch

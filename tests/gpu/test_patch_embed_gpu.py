@@ -45,7 +45,8 @@ def test_gather_equals_the_cpu_bit_for_bit(name: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("name", "width", "count"),
-    [("THWC", 40, 1), ("crop-flip-CTHW", 20, 3), ("one-token", 192, 1), ("spectrogram", 96, 4)],
+    [("THWC", 40, 1), ("crop-flip-CTHW", 20, 3), ("one-token", 192, 1), ("I420", 20, 3)]
+    + [("spectrogram", 96, 4)],
 )
 def test_embedding_and_gradients(name: str, width: int, count: int, dtype: torch.dtype) -> None:
     case = CASES[name]()

@@ -88,6 +88,7 @@ def test_pixels_past_two_to_the_31(axis: str, patch: tuple[int, int, int]) -> No
         ("THWC", 40, 1),
         ("crop-flip-CTHW", 20, 3),
         ("one-token", 192, 1),
+        ("I420-crop-flip", 20, 3),
         ("spectrogram", 96, 4),
         ("spectrogram-remainders", 33, 9),
         ("floating-video", 64, 2),

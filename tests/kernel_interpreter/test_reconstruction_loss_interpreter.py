@@ -29,7 +29,7 @@ def test_every_kind_of_source(name: str, norm: TargetNorm) -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", ["THWC", "remainders-crop-flip", "spectrogram"])
+@pytest.mark.parametrize("name", ["THWC", "remainders-crop-flip", "I420", "spectrogram"])
 def test_every_normalisation(name: str, norm: TargetNorm) -> None:
     for dtype in (torch.float32, torch.float16):
         assert_loss_matches_meaning(problem(CASES[name](), norm, dtype))
@@ -42,6 +42,9 @@ def test_released_patch(norm: TargetNorm) -> None:
     assert_loss_matches_meaning(
         problem(PatchCase(source, (2, 16, 16)), norm, torch.float32, count=7)
     )
+    planes = torch.randint(0, 256, (2, 4, 48, 32), dtype=torch.uint8)
+    case = PatchCase(planes, (2, 16, 16), {"layout": "I420"})
+    assert_loss_matches_meaning(problem(case, norm, torch.float32, count=7))
 
 
 @pytest.mark.parametrize("norm", NORMS[1:])

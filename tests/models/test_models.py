@@ -8,6 +8,7 @@ from tiny import randomise, tiny_batch, tiny_config
 
 from avmae_fast.config import AudioConfig, ConfigError, ModelConfig
 from avmae_fast.models import AudiovisualMAE, Encoder, TokenMask
+from avmae_kernels.yuv import i420_to_rgb
 
 
 def test_encoder_shapes_at_full_size() -> None:
@@ -65,6 +66,22 @@ def test_wrong_inputs_are_named(change: dict, message: str) -> None:
     config = tiny_config()
     with pytest.raises(ValueError, match=message):
         AudiovisualMAE(config)(**{**tiny_batch(config), **change})
+
+
+def test_planes_are_seen_as_the_pixels_they_stand_for() -> None:
+    """Loss and gradients of a batch of planes against those of its RGB, bit for bit."""
+    config = tiny_config(target_norm="patch")
+    model, batch = AudiovisualMAE(config).double(), tiny_batch(config)
+    randomise(model)
+    _, frames, height, width, _ = batch["video"].shape
+    planes = torch.randint(0, 256, (3, frames, height * 3 // 2, width), dtype=torch.uint8)
+    results = []
+    for video in (planes, i420_to_rgb(planes)):
+        model.zero_grad()
+        out = model(**{**batch, "video": video})
+        out.loss.backward()
+        results.append([out.loss, *(p.grad.clone() for p in model.parameters())])
+    assert all(map(torch.equal, *results))
 
 
 def test_superfluous_input_is_named() -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from avmae_kernels.yuv import i420_to_rgb
+
 
 @dataclass(frozen=True)
 class PatchCase:
@@ -22,7 +24,7 @@ class PatchCase:
 
     @property
     def is_video(self) -> bool:
-        return self.source.ndim == 5
+        return self.source.ndim != 3
 
     def to(self, target: torch.device | str | torch.dtype) -> "PatchCase":
         """On another device with the same strides, or, if floating, in another dtype."""
@@ -46,6 +48,8 @@ def dense_patches(case: PatchCase) -> Tensor:
         return torch.stack([_cut(clip[None, :, :, None], (1, *patch)) for clip in source])
     if case.view.get("layout") == "CTHW":
         source = source.movedim(1, -1)
+    if case.view.get("layout") == "I420":
+        source = i420_to_rgb(source, case.view.get("colour", "bt601"))
     seen = []
     for b, clip in enumerate(source):
         if "crop" in case.view:
@@ -114,6 +118,16 @@ CASES: dict[str, Callable[[], PatchCase]] = {
     "floating-video": lambda: PatchCase(_floats(3, 2, 16, 32, 3), (1, 8, 16)),
     "strided-clips": lambda: PatchCase(_bytes(6, 4, 20, 28, 3)[::2, :, 2:18, 1:25], _PATCH),
     "one-token": lambda: PatchCase(_bytes(3, 2, 4, 5, 3), (2, 4, 5)),
+    "I420": lambda: PatchCase(_bytes(3, 4, 24, 24), _PATCH, {"layout": "I420"}),
+    "I420-crop-flip": lambda: PatchCase(
+        _bytes(3, 4, 24, 24),
+        _PATCH,
+        {"layout": "I420", "crop": _CROP, "size": (8, 16), "flip": _FLIP},
+    ),
+    # Half a line of chroma at the end of a plane; clips and frames of a larger tensor.
+    "I420-remainders": lambda: PatchCase(
+        _bytes(6, 10, 21, 22)[::2, ::2], (2, 3, 5), {"layout": "I420", "colour": "bt709-full"}
+    ),
     "spectrogram": lambda: PatchCase(_floats(3, 50, 32), (16, 16)),
     "spectrogram-remainders": lambda: PatchCase(_floats(3, 26, 17), (7, 5)),
     "spectrogram-transposed": lambda: PatchCase(_floats(3, 16, 26).mT, (4, 4)),

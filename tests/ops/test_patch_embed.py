@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from avmae_kernels.patch_embed import patch_embed_visible, patch_embed_visible_reference
+from avmae_kernels.patches import view_clips
 
 WIDTH = 24
 
@@ -150,14 +151,11 @@ def test_compiled_whole() -> None:
     torch.testing.assert_close([loss, *grads], expected)
 
 
-@pytest.mark.parametrize("name", ["THWC", "crop-flip", "spectrogram"])
+@pytest.mark.parametrize("name", ["THWC", "crop-flip", "I420", "spectrogram"])
 def test_operator_contract(name: str) -> None:
     case = CASES[name]()
     index, leaves = token_index(case, 3), parameters(case, torch.float32)
-    patch = case.patch if case.is_video else (1, *case.patch)
-    clips = case.source if case.is_video else case.source[:, None, :, :, None]
-    size = case.view.get("size", tuple(clips.shape[2:4]))
-    view = clips, patch, size, case.view.get("crop"), case.view.get("flip")
+    view = view_clips("test", case.source, case.patch, **case.view)
     ops = torch.ops.avmae
     arguments = (*view, index, *leaves.values(), torch.float32)
     torch.library.opcheck(ops.patch_embed_visible.default, arguments)

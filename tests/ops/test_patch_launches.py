@@ -22,6 +22,7 @@ from avmae_kernels._resources import CompileCase, compile_kernel  # noqa: E402
 from avmae_kernels.patches import view_clips  # noqa: E402
 
 VIDEO = torch.empty(8, 4, 64, 64, 3, dtype=torch.uint8)
+PLANES = torch.empty(8, 4, 96, 64, dtype=torch.uint8)
 PATCH, TOKENS, VALUES = (2, 16, 16), 32, 1536
 
 
@@ -43,6 +44,9 @@ def _launch_all(batch: int, visible: int, width: int = 384) -> None:
     # The gradients of both modalities' losses lie side by side: the second is not aligned.
     for grad in torch.empty(2).unbind():
         reconstruction_loss_kernels.launch_scale(difference, factor, grad)
+    planes = view_clips("test", PLANES[:batch], PATCH, "I420")
+    patch_gather.launch_gather(planes, index, torch.bfloat16)
+    reconstruction_loss._by_kernel(pred, *planes, *arguments)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -55,13 +59,15 @@ def test_counts_compile_nothing_anew(arch: int) -> None:
         for batch, visible in counts:
             _launch_all(batch, visible)
     names = sorted(name.split()[0] for name in compiled)
-    # The sum of rows with and without an index; every other kernel once.
+    # The sum of rows with and without an index, pixels and planes; every other kernel once.
     assert names == [
         "_add_position_kernel",
         "_assemble_kernel",
         "_assemble_kernel",
         "_column_sums_kernel",
         "_difference_kernel",
+        "_difference_kernel",
+        "_gather_kernel",
         "_gather_kernel",
         "_partial_sums_kernel",
         "_partial_sums_kernel",
@@ -85,7 +91,9 @@ def test_released_shapes_are_launched_with_wide_accesses() -> None:
         (reconstruction_loss_kernels._scale_kernel, "ld.global.v4.b32"),
     ):
         compiled = kernel.device_caches[max(kernel.device_caches)][0].values()
-        assert compiled and all(width in binary.asm["ptx"] for binary in compiled), kernel
+        wide = [binary for binary in compiled if width in binary.asm["ptx"]]
+        # Planes are gathered a byte at a time.
+        assert len(wide) == len(compiled) - (kernel is patch_gather._gather_kernel), kernel
 
 
 MODULES = (patch_gather, patch_embed, assemble, row_sums, reconstruction_loss_kernels)
@@ -94,7 +102,9 @@ CASES = [case for module in MODULES for case in module.compile_cases() if case.a
 
 @pytest.mark.parametrize(
     "case",
-    {case.kernel.__name__ + str("crop" in case.config): case for case in CASES}.values(),
+    {
+        (case.kernel, "crop" in case.config, "planes" in case.config): case for case in CASES
+    }.values(),
     ids=lambda case: case.name,
 )
 def test_rows_are_addressed_in_64_bits(case: CompileCase) -> None:

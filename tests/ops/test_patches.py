@@ -8,7 +8,7 @@ from patch_cases import CASES, PatchCase, dense_patches, token_index
 from torch.nn import functional as F
 
 from avmae_kernels.patch_gather import gather_patches_normalised
-from avmae_kernels.patches import gather_patches, normalise_pixels, patchify, unpatchify
+from avmae_kernels.patches import gather_patches, normalise_pixels, patchify, unpatchify, view_clips
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -88,7 +88,7 @@ def test_floating_values_stay_and_fp64_is_exact() -> None:
     torch.testing.assert_close(normalise_pixels(pixels, torch.float64), exact, rtol=0, atol=2e-16)
 
 
-@pytest.mark.parametrize("name", ["THWC", "crop-flip-CTHW", "spectrogram"])
+@pytest.mark.parametrize("name", ["THWC", "crop-flip-CTHW", "I420-crop-flip", "spectrogram"])
 def test_normalised_gather(name: str) -> None:
     case = CASES[name]()
     index = token_index(case, 4)
@@ -106,19 +106,17 @@ def test_empty_selections(shape: tuple[int, int]) -> None:
     assert gather_patches_normalised(source, index, (2, 4, 4), torch.float32).shape == (*shape, 96)
 
 
-@pytest.mark.parametrize("name", ["THWC", "crop-flip", "spectrogram-transposed"])
+@pytest.mark.parametrize("name", ["THWC", "crop-flip", "I420", "spectrogram-transposed"])
 def test_operator_contract(name: str) -> None:
     case = CASES[name]()
     index = token_index(case, 3)
-    pt, *rest = case.patch if case.is_video else (1, *case.patch)
-    clips = case.source if case.is_video else case.source[:, None, :, :, None]
-    size = case.view.get("size", tuple(clips.shape[2:4]))
-    args = clips, [pt, *rest], size, case.view.get("crop"), case.view.get("flip")
+    args = view_clips("test", case.source, case.patch, **case.view)
     op = torch.ops.avmae.gather_patches_normalised.default
     torch.library.opcheck(op, (*args, index, torch.float32))
 
 
 VIDEO = torch.zeros(2, 4, 8, 8, 3, dtype=torch.uint8)
+PLANES = torch.zeros(2, 4, 12, 8, dtype=torch.uint8)
 INDEX = torch.zeros(2, 3, dtype=torch.int64)
 CROP, FLIP = torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.bool)
 
@@ -133,7 +131,16 @@ CROP, FLIP = torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.bo
         ({"patch": (2, 4)}, r"for patch \(2, 4\)"),
         ({"source": VIDEO[..., :2]}, "3 colour channels in layout THWC"),
         ({"layout": "CTHW"}, "3 colour channels in layout CTHW"),
-        ({"layout": "HWC"}, "wants layout 'THWC' or 'CTHW', got 'HWC'"),
+        ({"layout": "HWC"}, "wants layout 'THWC', 'CTHW' or 'I420', got 'HWC'"),
+        ({"layout": "I420"}, r"video \[B, T, 3H/2, W\] or spectrogram"),
+        ({"source": PLANES.float(), "layout": "I420"}, r"uint8 planes \[B, T, 3H/2, W\].*float32"),
+        ({"source": PLANES[:, :, 1:], "layout": "I420"}, r"even H and W.*\[2, 4, 11, 8\]"),
+        ({"source": PLANES[..., 1:7], "layout": "I420"}, "every frame contiguous"),
+        ({"source": PLANES, "layout": "I420", "colour": "bt2020"}, "one of 'bt601', .* 'bt2020'"),
+        (
+            {"source": PLANES, "layout": "I420", "crop": CROP, "size": (9, 8)},
+            r"size in \(1, 1\)..\(8, 8\), got \(9, 8\)",
+        ),
         ({"patch": (2, 9, 4)}, r"at least one patch of \(2, 9, 4\)"),
         ({"index": INDEX.int()}, r"index int64 \[B, count\].*index int32 \[2, 3\]"),
         ({"index": INDEX[:1]}, r"index int64 \[B, count\].*\[1, 3\]"),

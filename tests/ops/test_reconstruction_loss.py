@@ -9,6 +9,7 @@ from loss_cases import VALID, assert_extreme_bytes_are_exact, problem
 from patch_cases import CASES, PatchCase, dense_patches, token_index
 from torch import Tensor
 
+from avmae_kernels.patches import view_clips
 from avmae_kernels.reconstruction_loss import (
     NORMS,
     TargetNorm,
@@ -216,7 +217,7 @@ def test_one_tensor_is_kept_for_the_backward_pass() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         reconstruction_loss(**given)
     assert sorted(tensor.numel() for tensor in kept) == [3, given["pred"].numel()]
-    view = given["source"], (2, 4, 4), (16, 24), None, None
+    view = view_clips("test", given["source"], (2, 4, 4))
     with torch.no_grad():
         _, difference, _ = torch.ops.avmae.reconstruction_loss(
             given["pred"], *view, given["scored"], "patch", None, True, False
@@ -242,7 +243,7 @@ def test_compiled_whole() -> None:
 def test_operator_contract(valid: Tensor | None) -> None:
     given = problem(CASES["THWC"](), dtype=torch.float32)
     ops = torch.ops.avmae
-    view = given["source"], (2, 4, 4), (16, 24), None, None
+    view = view_clips("test", given["source"], (2, 4, 4))
     for with_gradient in (True, False):
         pred = given["pred"] if with_gradient else given["pred"].detach()
         arguments = (pred, *view, given["scored"], "patch_channel", valid, True, with_gradient)

@@ -1,0 +1,121 @@
+"""Planes from the reader: what they hold for any file, and how they are cropped."""
+
+import av
+import numpy as np
+import pytest
+import torch
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+from media import picture, rotate, shown_index, write_clip
+
+from avmae_fast.config import ConfigError
+from avmae_fast.data.clip import Size
+from avmae_fast.data.planes import crop_planes, planes_of, views
+from avmae_fast.data.readers import open_clip, resolve_reader
+from avmae_fast.data.windows import crop
+from avmae_kernels.yuv import i420_to_rgb
+
+TIMES_S = np.array([0.5, 0.0, 1.2, 0.5])
+
+
+def _both(path, size: Size = None) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures through planes and as read in RGB."""
+    with open_clip(path, "pyav", "yuv420") as clip:
+        planes = clip.read_video(TIMES_S, size)
+    with open_clip(path, "pyav") as clip:
+        rgb = clip.read_video(TIMES_S, size)
+    return i420_to_rgb(torch.from_numpy(planes)[None])[0].numpy(), rgb
+
+
+def _assert_same_pictures(ours: np.ndarray, rgb: np.ndarray, p99: int = 2, worst: int = 4) -> None:
+    difference = np.abs(ours.astype(int) - rgb)
+    assert np.percentile(difference, 99) <= p99 and difference.max() <= worst
+
+
+def test_planes_are_the_pictures_that_rgb_is_made_of(tmp_path) -> None:
+    ours, rgb = _both(write_clip(tmp_path / "a.mp4"))
+    assert [shown_index(p) for p in ours] == [12, 0, 30, 12]
+    _assert_same_pictures(ours, rgb)
+
+
+def test_rotated_files_stand_upright(tmp_path) -> None:
+    ours, rgb = _both(rotate(write_clip(tmp_path / "a.mp4")))
+    assert rgb.shape[1:3] == (112, 80)
+    _assert_same_pictures(ours, rgb)
+
+
+@pytest.mark.parametrize(("size", "shape"), [(64, (64, 88)), ((48, 40),) * 2, ((160, 224),) * 2])
+def test_resized_planes(tmp_path, size: Size, shape: tuple[int, int]) -> None:
+    """Luma by the filter that RGB is resized with; chroma from half as many pixels."""
+    path = write_clip(tmp_path / "a.mp4")
+    ours, _ = _both(path, size)
+    _, rgb = _both(path, shape)
+    assert ours.shape == rgb.shape == (4, *shape, 3)
+    luma, expected = (x @ np.array([0.299, 0.587, 0.114]) for x in (ours, rgb))
+    difference = np.abs(luma - expected)
+    # Three roundings to bytes on the way of each.
+    assert np.percentile(difference, 99) <= 3 and difference.mean() < 1
+    assert np.abs(ours.astype(int) - rgb).mean() < 2.5
+
+
+def test_odd_sides_lose_a_line(tmp_path) -> None:
+    options = {"pix_fmt": "yuv444p", "size": (81, 113)}
+    ours, rgb = _both(write_clip(tmp_path / "a.mp4", **options))
+    assert ours.shape[1:3] == (80, 112)
+    # Chroma of every pixel against that of a 2x2 block.
+    assert np.abs(ours.astype(int) - rgb[:, :80, :112]).mean() < 1.5
+
+
+@pytest.mark.parametrize("space", [Colorspace.ITU601, Colorspace.ITU709])
+@pytest.mark.parametrize("span", [ColorRange.MPEG, ColorRange.JPEG])
+def test_every_colour_space_becomes_limited_bt601(space: Colorspace, span: ColorRange) -> None:
+    rgb = av.VideoFrame.from_ndarray(picture(77, 96, 128), format="rgb24")
+    frame = rgb.reformat(format="yuv420p", dst_colorspace=space, dst_color_range=span)
+    reformatter = VideoReformatter()
+    expected = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    planes = torch.from_numpy(planes_of(frame, reformatter, None))
+    # A second rounding of three values, where planes are converted.
+    _assert_same_pictures(i420_to_rgb(planes[None, None])[0, 0].numpy(), expected, 4, 6)
+
+
+def _pictures(count: int, height: int, width: int) -> np.ndarray:
+    draw = np.random.default_rng(0)
+    return draw.integers(0, 256, (count, height * 3 // 2, width), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("draws", [(None, None, None), (0.0, 0.99, 0.7), (0.99, 0.0, 0.2)])
+def test_crop_and_flip_commute_with_the_conversion(draws: tuple) -> None:
+    planes, size = _pictures(3, 36, 50), (20, 30)
+    got = i420_to_rgb(torch.from_numpy(crop_planes(planes, size, *draws))[None])[0]
+    whole = i420_to_rgb(torch.from_numpy(planes)[None])[0].numpy()
+    u_top, u_left, u_flip = draws
+    top, left = (
+        room // 2 // 2 * 2 if u is None else int(u * (room // 2 + 1)) * 2
+        for u, room in ((u_top, 36 - 20), (u_left, 50 - 30))
+    )
+    expected = whole[:, top : top + 20, left : left + 30]
+    if u_flip is not None and u_flip < 0.5:
+        expected = expected[:, :, ::-1]
+    assert np.array_equal(got.numpy(), expected)
+    assert crop(whole, size, *draws).shape == got.shape
+
+
+def test_every_even_offset_is_drawn() -> None:
+    planes = _pictures(1, 8, 12)
+    luma = views(planes)[0][0]
+    seen = set()
+    for u in np.linspace(0, 0.999, 50):
+        corner = views(crop_planes(planes, (4, 4), u, 0.0))[0][0, 0]
+        seen |= {y for y in range(5) if np.array_equal(luma[y, :4], corner)}
+    assert seen == {0, 2, 4}
+
+
+def test_wrong_arguments_are_named(monkeypatch) -> None:
+    with pytest.raises(ValueError, match=r"even sides, got \(3, 4\)"):
+        crop_planes(_pictures(1, 8, 8), (3, 4))
+    with pytest.raises(ConfigError, match="data.pixels = 'yuv420' needs reader = 'pyav'"):
+        resolve_reader("torchcodec", "yuv420")
+
+
+def test_no_pictures_of_planes(tmp_path) -> None:
+    with open_clip(write_clip(tmp_path / "a.mp4", frames=3), "pyav", "yuv420") as clip:
+        assert not len(clip.read_video(np.zeros(0), None))
