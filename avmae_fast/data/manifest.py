@@ -1,8 +1,12 @@
 """The list of clips: a CSV file with a header, or JSON lines.
 
 Columns: `path` (relative paths start at the manifest's folder); optional `label` (a name, or whole
-numbers throughout), `start` and `end` (seconds in the file), `split` (train, val or test). An empty
-cell is an absent one. Files are not looked for here: one that is missing is a bad clip later on.
+numbers throughout) or `labels` (any number of them, separated by | or as a JSON list), `start` and
+`end` (seconds in the file), `split` (train, val or test). A path may name a member of a tar, as in
+`shard-000.tar/clip.mp4`, or picture files, as in `frames/clip/*.jpg`: then `fps` says how many
+there are a second, and `sound`, if there is any, the file it is in. An empty cell is an absent one.
+Files are not looked for here: one that is missing is a bad clip later on. The file NAME.classes.txt
+beside NAME.csv, where there is one, lists the class names in the order of their numbers.
 A folder that `avmae pack` has written is a manifest too.
 """
 
@@ -14,16 +18,20 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-COLUMNS = ("path", "label", "start", "end", "split")
+from avmae_fast.data.label_sets import LabelSets
+
+COLUMNS = ("path", "label", "labels", "start", "end", "split", "sound", "fps")
 SPLITS = ("train", "val", "test")
 UNKNOWN_LABEL = -1
+# Not in any class name of the data sets that have several labels a clip.
+LABEL_SEPARATOR = "|"
 
 
 class ManifestError(ValueError):
@@ -38,6 +46,14 @@ class Record:
     label: int
     start_s: float
     end_s: float
+
+
+@dataclass(frozen=True)
+class FramesRecord(Record):
+    """Picture files, `path` being their pattern: `fps` a second, with `sound` from another file."""
+
+    sound: Path | None
+    fps: float
 
 
 class Manifest(ABC):
@@ -60,6 +76,11 @@ class Manifest(ABC):
     def select(self, split: str) -> Self:
         """The records of one split; those that name none belong to train."""
 
+    def labels(self, index: int) -> tuple[int, ...]:
+        """All classes of a record: none, one or, unlike its `label`, several."""
+        label = self[index].label
+        return () if label == UNKNOWN_LABEL else (label,)
+
     def __iter__(self) -> Iterator[Record]:
         return (self[i] for i in range(len(self)))
 
@@ -71,10 +92,12 @@ class FileManifest(Manifest):
     source: Path
     classes: tuple[str, ...]
     _paths: NDArray[np.bytes_] = field(repr=False)
-    _labels: NDArray[np.int64] = field(repr=False)
+    _labels: LabelSets = field(repr=False)
     _starts_s: NDArray[np.float64] = field(repr=False)
     _ends_s: NDArray[np.float64] = field(repr=False)
     _splits: NDArray[np.int8] = field(repr=False)
+    _sounds: NDArray[np.bytes_] = field(repr=False)
+    _rates: NDArray[np.float64] = field(repr=False)  # 0: no picture files
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -82,8 +105,17 @@ class FileManifest(Manifest):
     def __getitem__(self, index: int) -> Record:
         # Joining leaves an absolute path as it is.
         path = self.source.parent / os.fsdecode(self._paths[index])
-        label, start_s = int(self._labels[index]), float(self._starts_s[index])
-        return Record(path, label, start_s, float(self._ends_s[index]))
+        labels = self._labels.of_record(index)
+        label = labels[0] if len(labels) == 1 else UNKNOWN_LABEL
+        span_s = float(self._starts_s[index]), float(self._ends_s[index])
+        if not self._rates[index]:
+            return Record(path, label, *span_s)
+        name = os.fsdecode(self._sounds[index])
+        sound = self.source.parent / name if name else None
+        return FramesRecord(path, label, *span_s, sound, float(self._rates[index]))
+
+    def labels(self, index: int) -> tuple[int, ...]:
+        return self._labels.of_record(index)
 
     def as_listed(self, index: int) -> tuple[str, str]:
         """The path of a record as the manifest gives it, and its split."""
@@ -91,8 +123,9 @@ class FileManifest(Manifest):
 
     def select(self, split: str) -> Self:
         chosen = self._splits == SPLITS.index(split)
-        arrays = (self._paths, self._labels, self._starts_s, self._ends_s, self._splits)
-        return type(self)(self.source, self.classes, *(array[chosen] for array in arrays))
+        names = ("_paths", "_starts_s", "_ends_s", "_splits", "_sounds", "_rates")
+        arrays = {name: getattr(self, name)[chosen] for name in names}
+        return replace(self, _labels=self._labels.select(chosen), **arrays)
 
 
 def load_manifest(path: Path | str, classes: Sequence[str] | None = None) -> Manifest:
@@ -101,7 +134,8 @@ def load_manifest(path: Path | str, classes: Sequence[str] | None = None) -> Man
     Args:
         path: a .csv or .jsonl file, or a folder of packed clips or its index file.
         classes: the class names to use, for instance those of the training manifest; by default
-            the sorted names that occur, or all numbers up to the largest if labels are numbers.
+            those of the file NAME.classes.txt, else the sorted names that occur, or all numbers
+            up to the largest if labels are numbers.
 
     Raises:
         ManifestError: the file cannot be read, has no rows or no `path` column, or a value is not
@@ -122,22 +156,29 @@ def load_file_manifest(path: Path, classes: Sequence[str] | None = None) -> File
     rows = list(_rows(path))
     if not rows:
         raise ManifestError(f"{path} lists no clips: it needs one row a clip below the header")
-    labels = [_label(path, number, row) for number, row in rows]
+    labels = [_labels(path, number, row) for number, row in rows]
+    if classes is None:
+        classes = _listed_classes(path)
     classes = _class_table(labels) if classes is None else tuple(classes)
     index = {name: i for i, name in enumerate(classes)}
-    for (number, _), label in zip(rows, labels, strict=True):
-        if label is not None and label not in index:
-            known = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
-            raise _bad(path, number, "label", label, f"one of the {len(classes)} classes: {known}")
+    for (number, _), names in zip(rows, labels, strict=True):
+        for name in names:
+            if name not in index:
+                known = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
+                valid = f"one of the {len(classes)} classes: {known}"
+                raise _bad(path, number, "label", name, valid)
+    frames = [_frames(path, number, row) for number, row in rows]
     spans = [_span(path, number, row) for number, row in rows]
     return FileManifest(
         source=path,
         classes=tuple(classes),
         _paths=np.array([os.fsencode(_path(path, number, row)) for number, row in rows]),
-        _labels=np.array([UNKNOWN_LABEL if x is None else index[x] for x in labels], np.int64),
+        _labels=LabelSets.of([index[name] for name in names] for names in labels),
         _starts_s=np.array([start for start, _ in spans], np.float64),
         _ends_s=np.array([end for _, end in spans], np.float64),
         _splits=np.array([_split(path, number, row) for number, row in rows], np.int8),
+        _sounds=np.array([os.fsencode(sound) for sound, _ in frames]),
+        _rates=np.array([rate for _, rate in frames], np.float64),
     )
 
 
@@ -209,17 +250,61 @@ def _path(path: Path, number: int, row: Mapping[str, Any]) -> str:
     return value
 
 
-def _label(path: Path, number: int, row: Mapping[str, Any]) -> str | None:
-    value = row.get("label")
+def _labels(path: Path, number: int, row: Mapping[str, Any]) -> list[str]:
+    column = "labels" if "labels" in row else "label"
+    value = row.get(column)
+    if "label" in row and "labels" in row:
+        raise _bad(path, number, column, value, "to be given beside a label: one or the other")
+    listed = value if column == "labels" and isinstance(value, list) else [value]
     if value is None:
+        listed = []
+    elif column == "labels" and isinstance(value, str):
+        listed = [name.strip() for name in value.split(LABEL_SEPARATOR)]
+    for name in listed:
+        if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
+            raise _bad(path, number, column, value, "a class name or a whole number")
+    return list(dict.fromkeys(map(str, listed)))
+
+
+def _listed_classes(path: Path) -> list[str] | None:
+    """The class names in the file beside a manifest; None where there is none."""
+    listed = classes_file(path)
+    try:
+        names = listed.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
         return None
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise _bad(path, number, "label", value, "a class name or a whole number")
-    return str(value)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ManifestError(f"{listed} cannot be read as a UTF-8 text file: {error}") from error
+    if len(set(names)) < len(names) or "" in names:
+        raise ManifestError(f"{listed} must list class names, one a line and none twice")
+    return names
 
 
-def _class_table(labels: Sequence[str | None]) -> tuple[str, ...]:
-    names = {label for label in labels if label is not None}
+def classes_file(path: Path) -> Path:
+    """Where the class names of the manifest at `path` are listed: NAME.classes.txt."""
+    return path.with_suffix(".classes.txt")
+
+
+def _frames(path: Path, number: int, row: Mapping[str, Any]) -> tuple[str, float]:
+    """Where the sound of picture files is, "" for nowhere, and their rate; 0 for other media."""
+    pattern = "*" in str(row.get("path"))
+    if not pattern:
+        for column in ("sound", "fps"):
+            if column in row:
+                valid = "for picture files, whose path holds a *, as in frames/clip/*.jpg"
+                raise _bad(path, number, column, row[column], valid)
+        return "", 0.0
+    rate = _seconds(path, number, "fps", row.get("fps"), "pictures a second")
+    if not rate:
+        raise _bad(path, number, "fps", row.get("fps"), "above 0")
+    sound = row.get("sound", "")
+    if not isinstance(sound, str) or "\0" in sound:
+        raise _bad(path, number, "sound", sound, "the path of a media file")
+    return sound, rate
+
+
+def _class_table(labels: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    names = {name for listed in labels for name in listed}
     if names and all(name.isdecimal() for name in names):
         return tuple(str(i) for i in range(max(map(int, names)) + 1))
     return tuple(sorted(names))
@@ -233,13 +318,15 @@ def _span(path: Path, number: int, row: Mapping[str, Any]) -> tuple[float, float
     return start_s, end_s
 
 
-def _seconds(path: Path, number: int, column: str, value: object) -> float:
+def _seconds(
+    path: Path, number: int, column: str, value: object, unit: str = "seconds"
+) -> float:
     try:
         seconds = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         seconds = math.nan
     if not (math.isfinite(seconds) and seconds >= 0):
-        raise _bad(path, number, column, value, "a number of seconds, at least 0")
+        raise _bad(path, number, column, value, f"a number of {unit}, at least 0")
     return seconds
 
 

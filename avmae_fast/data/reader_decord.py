@@ -24,6 +24,7 @@ from avmae_fast.data.clip import (
     resize,
     stacked,
 )
+from avmae_fast.data.media import open_source
 from avmae_fast.data.reader_pyav import PyavReader
 from avmae_fast.data.stages import stage
 
@@ -64,7 +65,7 @@ class DecordReader:
             return []
         pictures: list[NDArray[np.uint8]] = []
         try:
-            reader = decord.VideoReader(str(self._path.absolute()), num_threads=1)
+            reader = decord.VideoReader(open_source(self._path), num_threads=1)
             shown_s = reader.get_frame_timestamp(np.arange(len(reader)))
             cut = shown_s[0, 0] < -TIME_TOLERANCE_S
             no_index = shown_s[-1, 1] <= shown_s[-1, 0]

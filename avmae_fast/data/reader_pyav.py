@@ -15,15 +15,8 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from avmae_fast.data.clip import (
-    READ_TIMEOUT_S,
-    ClipError,
-    ClipInfo,
-    Pixels,
-    Size,
-    require_file,
-    stacked,
-)
+from avmae_fast.data.clip import READ_TIMEOUT_S, ClipError, ClipInfo, Pixels, Size, stacked
+from avmae_fast.data.media import open_source
 from avmae_fast.data.pyav_guard import Guard
 from avmae_fast.data.pyav_pictures import Pictures
 from avmae_fast.data.pyav_sound import Sound
@@ -35,7 +28,6 @@ class PyavReader:
     """One open file, read through PyAV; see `ClipReader`."""
 
     def __init__(self, path: Path, pixels: Pixels = "rgb") -> None:
-        require_file(path)
         self._pixels = pixels
         self._guard = Guard(path)
         self._open()
@@ -43,9 +35,8 @@ class PyavReader:
     def _open(self) -> None:
         with self._guard.errors("open"):
             self._container = av.open(
-                # An absolute path cannot be taken for a URL; tags need not be valid UTF-8.
-                str(self._guard.path.absolute()),
-                metadata_errors="replace",
+                open_source(self._guard.path),
+                metadata_errors="replace",  # tags need not be valid UTF-8
                 timeout=READ_TIMEOUT_S,
             )
         try:

@@ -24,12 +24,12 @@ from avmae_fast.data.clip import (
     Size,
     check_times,
     place,
-    require_file,
     require_reached,
     resize,
     stacked,
     to_int16,
 )
+from avmae_fast.data.media import open_source
 from avmae_fast.data.stages import stage
 
 _Decoder = TypeVar("_Decoder", VideoDecoder, AudioDecoder)
@@ -42,7 +42,6 @@ class TorchcodecReader:
     """One open file, read through torchcodec; see `ClipReader`."""
 
     def __init__(self, path: Path) -> None:
-        require_file(path)
         self._path = path
         self._video = self._open(VideoDecoder, dimension_order="NHWC", num_ffmpeg_threads=1)
         # Each channel is resampled by itself; the mean is taken here, as by every reader.
@@ -69,7 +68,7 @@ class TorchcodecReader:
         """The decoder of a kind of stream; None where the file has no such stream."""
         with self._errors("open"):
             try:
-                return decoder(str(self._path.absolute()), **options)
+                return decoder(open_source(self._path), **options)
             except (ValueError, RuntimeError) as error:
                 if "no specified stream" in str(error):
                     return None
@@ -140,7 +139,7 @@ class TorchcodecReader:
             if self._heard:
                 # A decoder keeps some state over a seek (AAC: its noise generator), so that only
                 # a fresh one gives every read the same samples.
-                audio = AudioDecoder(str(self._path.absolute()), sample_rate=AUDIO_RATE_HZ)
+                audio = AudioDecoder(open_source(self._path), sample_rate=AUDIO_RATE_HZ)
             self._heard = True
             # Read in the middle, some codecs come out 1.5 ms late; read from the start, none does.
             from_start = first_s <= SOUND_FROM_START_S

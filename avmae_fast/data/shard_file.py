@@ -38,7 +38,7 @@ class ShardFile:
             detail = f"{self.path.name} ends at byte {now.st_size}, the record at {at + count}"
             raise ClipError("short", record, detail)
         if now.st_mtime_ns != self.stamp:
-            detail = f"{self.path.name} has been written to since it was opened: pack it again"
+            detail = f"{self.path.name} has been written to since it was opened"
             raise ClipError("decode", record, detail)
         return data
 
@@ -73,6 +73,6 @@ def _open(path: Path, size: int, record: Path) -> ShardFile:
     found = os.fstat(descriptor)
     if found.st_size != size:
         os.close(descriptor)
-        detail = f"{path.name} has {found.st_size} bytes, the index says {size}: pack it again"
+        detail = f"{path.name} has {found.st_size} bytes, the index says {size}"
         raise ClipError("open", record, detail)
     return ShardFile(path, descriptor, found.st_mtime_ns)
