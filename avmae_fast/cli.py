@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from avmae_fast import cli_data, cli_run
+from avmae_fast import cli_data, cli_manifest, cli_run
 from avmae_fast.cli_bench import add_bench_data
 from avmae_fast.cli_convert import add_convert
 from avmae_fast.cli_doctor import add_doctor
@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_run.add_commands(commands)
     add_bench_data(commands.add_parser("bench-data", help="say how fast media files can be loaded"))
     cli_data.add_commands(commands)
+    cli_manifest.add_commands(commands)
     add_doctor(commands)
     return parser
 

@@ -318,9 +318,7 @@ def _span(path: Path, number: int, row: Mapping[str, Any]) -> tuple[float, float
     return start_s, end_s
 
 
-def _seconds(
-    path: Path, number: int, column: str, value: object, unit: str = "seconds"
-) -> float:
+def _seconds(path: Path, number: int, column: str, value: object, unit: str = "seconds") -> float:
     try:
         seconds = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

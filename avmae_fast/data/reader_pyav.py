@@ -36,6 +36,7 @@ class PyavReader:
         with self._guard.errors("open"):
             self._container = av.open(
                 open_source(self._guard.path),
+                "r",
                 metadata_errors="replace",  # tags need not be valid UTF-8
                 timeout=READ_TIMEOUT_S,
             )

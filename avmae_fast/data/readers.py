@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from avmae_fast.config import ConfigError
 from avmae_fast.data.clip import AUDIO_RATE_HZ, Clip, ClipError, ClipReader, Pixels, Size
-from avmae_fast.data.manifest import Record
+from avmae_fast.data.manifest import FramesRecord, Record
 from avmae_fast.data.shard_manifest import ShardRecord
 
 ReaderName = Literal["pyav", "torchcodec", "decord"]
@@ -116,13 +116,17 @@ def open_clip(path: Path | str, reader: str = "auto", pixels: Pixels = "rgb") ->
             return DecordReader(Path(path))
 
 
-def open_record(record: Record, reader: str = "auto") -> ClipReader:
+def open_record(record: Record, reader: str = "auto", pixels: Pixels = "rgb") -> ClipReader:
     """A record of a manifest, open: its media file by `reader`, a packed clip from its shard."""
+    if isinstance(record, FramesRecord):
+        from avmae_fast.data.reader_frames import FramesReader
+
+        return FramesReader(record, pixels)
     if isinstance(record, ShardRecord):
         from avmae_fast.data.shard_reader import ShardReader
 
-        return ShardReader(record)
-    return open_clip(record.path, reader)
+        return ShardReader(record, pixels)
+    return open_clip(record.path, reader, pixels)
 
 
 def read_clip(

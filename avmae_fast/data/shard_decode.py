@@ -68,10 +68,15 @@ def jpeg_rgb(data: bytes) -> NDArray[np.uint8]:
     """
     simplejpeg = _simplejpeg()
     if simplejpeg is None:
-        (frame,) = _jpeg_decoder().decode(av.Packet(data))
-        return rgb(frame)
+        return rgb(jpeg_frame(data))
     picture: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True)
     return picture
+
+
+def jpeg_frame(data: bytes) -> VideoFrame:
+    """A JPEG as FFmpeg decodes it. Raises ValueError where it is damaged."""
+    (frame,) = _jpeg_decoder().decode(av.Packet(data))
+    return frame
 
 
 @cache

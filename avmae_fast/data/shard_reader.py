@@ -4,9 +4,12 @@ Pictures go to the decoder as the index bounds them, so no container is parsed; 
 shards are kept for the life of the process, which is one of the loader's workers.
 """
 
+from collections.abc import Iterator
 from typing import Self
 
 import numpy as np
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from avmae_fast.data.clip import (
@@ -14,23 +17,28 @@ from avmae_fast.data.clip import (
     TIME_TOLERANCE_S,
     ClipError,
     ClipInfo,
+    Pixels,
     Size,
     check_times,
     resize,
     resized_shape,
     stacked,
 )
+from avmae_fast.data.planes import planes_of
 from avmae_fast.data.pyav_guard import Guard
-from avmae_fast.data.shard_decode import h264_pictures, jpeg_rgb, rgb
+from avmae_fast.data.shard_decode import h264_pictures, jpeg_frame, jpeg_rgb, rgb
 from avmae_fast.data.shard_file import open_shard
 from avmae_fast.data.shard_manifest import ShardRecord
+
+_reformatter = VideoReformatter()
 
 
 class ShardReader:
     """One packed clip; see `ClipReader`."""
 
-    def __init__(self, record: ShardRecord) -> None:
+    def __init__(self, record: ShardRecord, pixels: Pixels = "rgb") -> None:
         self._record = record
+        self._pixels = pixels
         self._guard = Guard(record.path)
         self._shard = open_shard(record.shard, record.shard_bytes, record.path)
         self.info = ClipInfo(
@@ -52,11 +60,11 @@ class ShardReader:
         """Nothing to do: the shard stays open for the next record."""
 
     def read_video(self, times_s: NDArray[np.float64], size: Size) -> NDArray[np.uint8]:
-        """The pictures on display at `times_s`, uint8 [N, H, W, 3]; see `ClipReader`."""
+        """The pictures on display at `times_s`, as one array; see `ClipReader`."""
         return stacked(self.read_pictures(times_s, size))
 
     def read_pictures(self, times_s: NDArray[np.float64], size: Size) -> list[NDArray[np.uint8]]:
-        """The pictures on display at `times_s`, N of uint8 [H, W, 3]; see `ClipReader`."""
+        """The pictures on display at `times_s`, as they are to be made; see `ClipReader`."""
         check_times(times_s)
         if times_s.size == 0:
             return []
@@ -64,6 +72,9 @@ class ShardReader:
         numbers = np.floor((times_s + TIME_TOLERANCE_S) * record.fps).astype(np.int64)
         wanted = np.minimum(numbers, len(record.frame_offsets) - 2).tolist()
         with self._guard.errors("decode"):
+            if self._pixels == "yuv420":
+                planes = self._decode_planes(sorted(set(wanted)), size)
+                return [planes[number] for number in wanted]
             decoded = self._decode(sorted(set(wanted)))
         shape = (record.height, record.width)
         for number, picture in decoded.items():
@@ -76,19 +87,29 @@ class ShardReader:
 
     def _decode(self, wanted: list[int]) -> dict[int, NDArray[np.uint8]]:
         """Some pictures by their numbers, which are ascending."""
-        record = self._record
-        if record.codec == "mjpeg":
+        if self._record.codec == "mjpeg":
             return {number: jpeg_rgb(data) for number, data in self._coded(wanted)}
-        left, pictures = set(wanted), {}
-        coded = self._coded(_up_to(wanted, record.gop))
-        for number, frame in h264_pictures(coded, record.decoder):
+        return {number: rgb(frame) for number, frame in self._h264_frames(wanted)}
+
+    def _decode_planes(self, wanted: list[int], size: Size) -> dict[int, NDArray[np.uint8]]:
+        frames = (
+            self._h264_frames(wanted)
+            if self._record.codec == "h264"
+            else ((number, jpeg_frame(data)) for number, data in self._coded(wanted))
+        )
+        return {number: planes_of(frame, _reformatter, size) for number, frame in frames}
+
+    def _h264_frames(self, wanted: list[int]) -> Iterator[tuple[int, VideoFrame]]:
+        """(number, frame) of each picture that is wanted; their numbers are ascending."""
+        record, left = self._record, set(wanted)
+        for number, frame in h264_pictures(self._coded(_up_to(wanted, record.gop)), record.decoder):
             if number in left:
                 if frame.is_corrupt:
                     raise ClipError("decode", record.path, f"picture {number} is damaged")
-                pictures[number] = rgb(frame)
-        if len(pictures) < len(left):
-            raise ClipError("decode", record.path, f"no picture {min(left - set(pictures))}")
-        return pictures
+                left.remove(number)
+                yield number, frame
+        if left:
+            raise ClipError("decode", record.path, f"no picture {min(left)}")
 
     def _coded(self, numbers: list[int]) -> list[tuple[int, bytes]]:
         """(number, bytes) of some coded pictures, ascending, fetched by one read."""

@@ -117,6 +117,16 @@ def write_clip(
     return path
 
 
+def write_jpeg(path: Path, image: np.ndarray) -> None:
+    """Write an RGB picture [H, W, 3] as a JPEG, in a folder that is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    context = av.CodecContext.create("mjpeg", "w")
+    context.height, context.width = image.shape[:2]
+    context.pix_fmt, context.time_base = "yuvj420p", Fraction(1, 25)
+    frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuvj420p")
+    path.write_bytes(b"".join(bytes(p) for p in [*context.encode(frame), *context.encode(None)]))
+
+
 def remux(source: Path, target: Path, start_s: float) -> Path:
     """Copy the streams of `source` from `start_s` on without coding: a cut with a lead-in."""
     with av.open(str(source)) as old, av.open(str(target), "w") as new:

@@ -123,3 +123,57 @@ def test_misspelt_column_is_pointed_out(tmp_path, caplog):
         load_manifest(_write(tmp_path, "path,Label,weather\na.mp4,1,fine\n"))
     assert "column 'Label' is ignored; did you mean 'label'?" in caplog.text
     assert "weather" not in caplog.text
+
+
+def test_several_labels(tmp_path):
+    path = _write(tmp_path, "path,labels\na.mp4,dog | cat\nb.mp4,\nc.mp4,cat\nd.mp4,dog|dog\n")
+    manifest = load_manifest(path)
+    assert manifest.classes == ("cat", "dog")
+    assert [manifest.labels(i) for i in range(4)] == [(1, 0), (), (0,), (1,)]
+    # A clip of several classes has no single one.
+    assert [record.label for record in manifest] == [-1, -1, 0, 1]
+    rows = [{"path": "a", "labels": ["x|y", 3]}, {"path": "b", "label": "z", "split": "val"}]
+    manifest = load_manifest(_write(tmp_path, "\n".join(map(json.dumps, rows)), "clips.jsonl"))
+    assert manifest.classes == ("3", "x|y", "z") and manifest.labels(0) == (1, 0)
+    chosen = manifest.select("val")
+    assert chosen.labels(0) == chosen.labels(-1) == (2,) and chosen[0].label == 2
+
+
+def test_class_names_beside_a_manifest(tmp_path):
+    path = _write(tmp_path, "path,label\na.mp4,cat\n")
+    _write(tmp_path, "dog\ncat\nemu\n", "clips.classes.txt")
+    manifest = load_manifest(path)
+    assert manifest.classes == ("dog", "cat", "emu") and manifest[0].label == 1
+    assert load_manifest(path, classes=("cat",))[0].label == 0
+    _write(tmp_path, "dog\ndog\n", "clips.classes.txt")
+    with pytest.raises(ManifestError, match="one a line and none twice"):
+        load_manifest(path)
+    _write(tmp_path, "dog\n", "clips.classes.txt")
+    with pytest.raises(ManifestError, match="'cat' is not one of the 1 classes: dog"):
+        load_manifest(path)
+
+
+def test_picture_files(tmp_path):
+    path = _write(tmp_path, "path,sound,fps\nf/*.jpg,a.wav,2.5\ng/*.jpg,,1\nh.mp4,,\n")
+    first, second, third = load_manifest(path)
+    assert (first.path, first.sound, first.fps) == (tmp_path / "f/*.jpg", tmp_path / "a.wav", 2.5)
+    assert second.sound is None and not hasattr(third, "fps")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"label": "a", "labels": "b"}, "column labels: 'b' is not to be given beside a label"),
+        ({"labels": "a||b"}, "column labels: 'a||b' is not a class name"),
+        ({"labels": ["a", None]}, "column labels: .* is not a class name"),
+        ({"fps": 2}, r"column fps: 2 is not for picture files, whose path holds a \*"),
+        ({"sound": "a.wav"}, r"column sound: 'a.wav' is not for picture files"),
+        ({"path": "*.jpg"}, "column fps: None is not a number of pictures a second"),
+        ({"path": "*.jpg", "fps": 0}, "column fps: 0 is not above 0"),
+        ({"path": "*.jpg", "fps": 1, "sound": 3}, "column sound: 3 is not the path"),
+    ],
+)
+def test_bad_labels_and_picture_files(tmp_path, row, message):
+    path = _write(tmp_path, json.dumps({"path": "a.mp4", **row}), "clips.jsonl")
+    with pytest.raises(ManifestError, match=message):
+        load_manifest(path)

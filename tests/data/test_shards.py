@@ -28,6 +28,7 @@ from avmae_fast.data.pack_clips import PackOptions
 from avmae_fast.data.pack_verify import verify
 from avmae_fast.data.readers import open_clip, open_record
 from avmae_fast.data.shard_index import read_index
+from avmae_kernels.yuv import i420_to_rgb
 
 FPS = 12.5  # every second picture of the files
 VIDEO = VideoConfig(frames=4, height=64, width=64, tubelet=(2, 16, 16))
@@ -347,3 +348,18 @@ def test_verify_finds_what_does_not_belong(copied):
     shutil.rmtree(copied / "none", ignore_errors=True)
     _tar(copied).unlink()
     assert "No such file" in verify(copied).problems[0]
+
+
+def test_planes_of_packed_clips(shards):
+    """The pictures that are read as RGB, unconverted; more roundings where they are JPEGs."""
+    record = load_manifest(shards)[0]
+    times_s = np.array([0.3, 0.0, 0.3])
+    with open_record(record) as clip:
+        rgb = clip.read_video(times_s, None)
+    with open_record(record, pixels="yuv420") as clip:
+        planes = clip.read_video(times_s, None)
+    height, width = rgb.shape[1] // 2 * 2, rgb.shape[2] // 2 * 2
+    assert planes.shape == (3, height * 3 // 2, width)
+    ours = i420_to_rgb(torch.from_numpy(planes)[None])[0].numpy()
+    difference = np.abs(ours.astype(int) - rgb[:, :height, :width])
+    assert np.percentile(difference, 99) <= 6
