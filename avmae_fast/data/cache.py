@@ -146,7 +146,7 @@ def _decoded_bytes(source: FileSource, spec: SampleSpec) -> int:
     video = waveform = 0
     if spec.frames:
         height, width = resized_shape(source.info.height, source.info.width, spec.short_side)
-        video = source.ticks * height * width * 3
+        video = source.ticks * height * width * 3 // (1 if spec.pixels == "rgb" else 2)
     if spec.samples and source.has_audio:
         waveform = source.length * 2
     return aligned(video) + aligned(waveform)

@@ -47,7 +47,7 @@ _WAITING = 2
 class Batch:
     """What the training loop gets for one micro-batch of B samples.
 
-    video: uint8 [B, T, H, W, 3], cropped and flipped; None without video.
+    video: uint8 [B, T, H, W, 3], or planes [B, T, 3H/2, W], cropped and flipped; None without.
     waveform: int16 [B, S], mono 16 kHz, S samples making audio.frames rows; None without audio.
     keys: int64 [B], the position of each sample; masks are drawn by it.
     labels: int64 [B], -1 where the manifest gives none.
@@ -322,8 +322,7 @@ def _order(config: Config, split: Split, records: int) -> Order:
 
 def _ring(spec: SampleSpec, batch: int, repeat: int, workers: int) -> Ring:
     """Room for the batches that training holds and for those that are filled meanwhile."""
-    height, width = spec.crop
-    layout = Layout(batch, spec.frames, height, width, spec.samples)
+    layout = Layout(batch, spec.frames, spec.picture, spec.samples)
     ahead = _AHEAD + math.ceil(workers * _WAITING * repeat / batch) if workers else 1
     needed, free = (ahead + _LENT) * layout.size, free_memory()
     if needed > free:

@@ -79,18 +79,18 @@ class Slots:
 class Layout:
     """Where the arrays of a batch of `batch` samples lie in a slot.
 
-    frames is 0 without video, samples is 0 without audio.
+    frames is 0 without video, samples is 0 without audio; picture is the shape of one: (H, W, 3),
+    or (3H/2, W) of planes.
     """
 
     batch: int
     frames: int
-    height: int
-    width: int
+    picture: tuple[int, ...]
     samples: int
 
     @property
     def video_shape(self) -> tuple[int, ...]:
-        return (self.batch, self.frames, self.height, self.width, 3)
+        return (self.batch, self.frames, *self.picture)
 
     @property
     def waveform_at(self) -> int:
@@ -112,7 +112,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class SlotArrays:
-    """A slot as workers see it: video uint8 [B, T, H, W, 3], waveform int16 [B, S], labels int64
+    """A slot as workers see it: video uint8 [B, T, *picture], waveform int16 [B, S], labels int64
     [B], has_audio uint8 [B]."""
 
     video: NDArray[np.uint8]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avmae_fast.config import Config, ConfigError
-from avmae_fast.data.clip import AUDIO_RATE_HZ, ClipError
+from avmae_fast.data.clip import AUDIO_RATE_HZ, ClipError, Pixels
 from avmae_fast.data.manifest import Record
 from avmae_fast.data.order import DRAWS
 from avmae_fast.data.readers import open_record, resolve_reader
@@ -46,6 +46,7 @@ class SampleSpec:
     clip_end: ClipEnd
     missing_audio: Literal["substitute", "silence"]
     reader: str
+    pixels: Pixels = "rgb"
 
     @classmethod
     def of(cls, config: Config) -> Self:
@@ -66,13 +67,23 @@ class SampleSpec:
             flip=data.flip,
             clip_end=data.clip_end,
             missing_audio=data.missing_audio,
-            reader=resolve_reader(data.reader),
+            reader=resolve_reader(data.reader, data.pixels),
+            pixels=data.pixels,
         )
+
+    @property
+    def picture(self) -> tuple[int, ...]:
+        """Shape of a picture in a sample: (H, W, 3), or (3H/2, W) as planes."""
+        height, width = self.crop
+        return (height, width, 3) if self.pixels == "rgb" else (height * 3 // 2, width)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """video: uint8 [T, H, W, 3]; waveform: int16 [S], silent if not has_audio. None if unasked."""
+    """video: uint8 [T, *SampleSpec.picture]; waveform: int16 [S], silent if not has_audio.
+
+    None where they are not asked for.
+    """
 
     video: NDArray[np.uint8] | None
     waveform: NDArray[np.int16] | None
@@ -87,7 +98,7 @@ class Source(Protocol):
     has_audio: bool
 
     def pictures(self, ticks: NDArray[np.int64]) -> Sequence[NDArray[np.uint8]] | NDArray[np.uint8]:
-        """Pictures at some ticks, resized to the short side: N of [h, w, 3], all of one size."""
+        """Pictures at some ticks, resized to the short side: N of one shape."""
         ...
 
     def sound(self, start: int, samples: int) -> NDArray[np.int16]:
@@ -105,7 +116,7 @@ class FileSource:
     def __init__(self, record: Record, spec: SampleSpec) -> None:
         self._record = record
         self._spec = spec
-        self._reader = open_record(record, spec.reader)
+        self._reader = open_record(record, spec.reader, spec.pixels)
         try:
             self._check_tracks()
             info = self._reader.info
@@ -153,7 +164,7 @@ def open_source(record: Record, spec: SampleSpec) -> FileSource:
 
 def cut(source: Source, spec: SampleSpec, draws: NDArray[np.float64] | None) -> Sample:
     """One window of a clip: placed by `DRAWS` uniform numbers, or centred where they are None."""
-    video = np.empty((1, spec.frames, *spec.crop, 3), np.uint8)
+    video = np.empty((1, spec.frames, *spec.picture), np.uint8)
     waveform = np.empty((1, spec.samples), np.int16)
     cut_into(source, spec, None if draws is None else draws[None], video, waveform)
     return Sample(
@@ -172,7 +183,7 @@ def cut_into(
 
     Args:
         draws: [V, DRAWS] uniform numbers; all views begin at the first one's start. None: centred.
-        video: uint8 [V, T, H, W, 3], every byte of which is written; T is 0 without video.
+        video: uint8 [V, T, *spec.picture], every byte of which is written; T is 0 without video.
         waveform: int16 [V, S], likewise.
 
     Raises:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from avmae_fast.data.clip import AUDIO_RATE_HZ
+from avmae_fast.data.planes import crop_planes
 
 ClipEnd = Literal["wrap", "pad"]
 
@@ -99,8 +100,11 @@ def crop(
 ) -> NDArray[np.uint8]:
     """Crop [N, H, W, 3] to `size`: uniformly by u_top and u_left, centred without them.
 
-    The result is a view, or a copy mirrored left to right where u_flip is below 1/2.
+    The result is a view, or a copy mirrored left to right where u_flip is below 1/2. Planes
+    [N, 3H/2, W] are cropped to planes, see `crop_planes`.
     """
+    if video.ndim == 3:
+        return crop_planes(video, size, u_top, u_left, u_flip)
     room_y, room_x = video.shape[1] - size[0], video.shape[2] - size[1]
     top = room_y // 2 if u_top is None else int(u_top * (room_y + 1))
     left = room_x // 2 if u_left is None else int(u_left * (room_x + 1))

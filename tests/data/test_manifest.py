@@ -164,7 +164,7 @@ def test_picture_files(tmp_path):
     ("row", "message"),
     [
         ({"label": "a", "labels": "b"}, "column labels: 'b' is not to be given beside a label"),
-        ({"labels": "a||b"}, "column labels: 'a||b' is not a class name"),
+        ({"labels": "a||b"}, "column labels: 'a\\|\\|b' is not a class name"),
         ({"labels": ["a", None]}, "column labels: .* is not a class name"),
         ({"fps": 2}, r"column fps: 2 is not for picture files, whose path holds a \*"),
         ({"sound": "a.wav"}, r"column sound: 'a.wav' is not for picture files"),

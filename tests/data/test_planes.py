@@ -1,5 +1,10 @@
 """Planes from the reader: what they hold for any file, and how they are cropped."""
 
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
 import av
 import numpy as np
 import pytest
@@ -7,8 +12,16 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from media import picture, rotate, shown_index, write_clip
 
-from avmae_fast.config import ConfigError
+from avmae_fast.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    VideoConfig,
+)
 from avmae_fast.data.clip import Size
+from avmae_fast.data.loader import ClipLoader
 from avmae_fast.data.planes import crop_planes, planes_of, views
 from avmae_fast.data.readers import open_clip, resolve_reader
 from avmae_fast.data.windows import crop
@@ -119,3 +132,50 @@ def test_wrong_arguments_are_named(monkeypatch) -> None:
 def test_no_pictures_of_planes(tmp_path) -> None:
     with open_clip(write_clip(tmp_path / "a.mp4", frames=3), "pyav", "yuv420") as clip:
         assert not len(clip.read_video(np.zeros(0), None))
+
+
+def _config(folder: Path, **data: Any) -> Config:
+    video = VideoConfig(frames=4, height=64, width=48, tubelet=(2, 16, 16))
+    return Config(
+        model=ModelConfig.of_size("Ti", video=video, audio=None, fusion="early"),
+        data=DataConfig(manifest=folder / "clips.csv", **({"short_side": 70, "workers": 0} | data)),
+        train=TrainConfig(out=folder, batch=3, steps=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    names = [write_clip(folder / f"{i}.mp4", size=(96, 128), frames=30 + i).name for i in range(6)]
+    (folder / "clips.csv").write_text("\n".join(["path", *names]) + "\n")
+    return folder
+
+
+def _take(config: Config, split: str, count: int) -> list[torch.Tensor]:
+    with ClipLoader(config, split) as loader:
+        return [batch.video for batch in islice(loader, count)]
+
+
+def test_batches_of_planes_show_the_windows_of_rgb(clips: Path) -> None:
+    # Not resized, and with a middle at even lines and columns.
+    config = _config(clips, val_manifest=clips / "clips.csv", short_side=96)
+    planes = replace(config, data=replace(config.data, pixels="yuv420"))
+    for ours, rgb in zip(_take(planes, "val", 2), _take(config, "val", 2), strict=True):
+        assert ours.shape == (3, 4, 96, 48) and ours.dtype == torch.uint8
+        _assert_same_pictures(i420_to_rgb(ours).numpy(), rgb.numpy())
+
+
+def test_batches_of_planes_do_not_depend_on_the_cache(clips: Path) -> None:
+    config = _config(clips, pixels="yuv420")
+    cached = replace(config, data=replace(config.data, cache="ram"))
+    straight = _take(config, "train", 3)
+    assert all(map(torch.equal, straight, _take(cached, "train", 3)))
+    assert len({video[0, 0].numpy().tobytes() for video in straight}) == 3
+
+
+def test_odd_sides_of_the_crop_are_refused(clips: Path) -> None:
+    config = _config(clips)
+    video = VideoConfig(frames=4, height=64, width=45, tubelet=(2, 16, 5))
+    model = replace(config.model, video=video)
+    with pytest.raises(ConfigError, match="video.width = 45 is not valid: it must be even with"):
+        replace(config, model=model, data=replace(config.data, pixels="yuv420"))

@@ -9,7 +9,7 @@ import torch
 
 from avmae_fast.data.ring import Layout, Ring, Slots
 
-LAYOUT = Layout(batch=3, frames=2, height=5, width=7, samples=11)
+LAYOUT = Layout(batch=3, frames=2, picture=(5, 7, 3), samples=11)
 
 
 def test_a_slot_goes_round():
@@ -99,6 +99,6 @@ def test_a_batch_is_the_slot_and_frees_it_with_its_last_tensor():
 
 
 def test_without_a_modality():
-    ring = Ring(Layout(2, 0, 0, 0, 5), 2)
+    ring = Ring(Layout(2, 0, (0, 0, 3), 5), 2)
     assert ring.arrays(1).video.size == 0 and ring.arrays(1).waveform.shape == (2, 5)
-    assert Ring(Layout(2, 1, 4, 4, 0), 1).arrays(0).waveform.size == 0
+    assert Ring(Layout(2, 1, (4, 4, 3), 0), 1).arrays(0).waveform.size == 0

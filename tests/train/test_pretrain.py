@@ -151,6 +151,14 @@ def test_metrics_and_encoder_of_a_run(make_config: MakeConfig) -> None:
     assert all(torch.equal(features[m], wanted[m]) for m in ("video", "audio"))
 
 
+def test_a_run_on_planes(make_config: MakeConfig) -> None:
+    """Through training and validation to the pictures of the report."""
+    config = make_config({"steps": 4, "val_every": 2}, {"pixels": "yuv420"})
+    assert pretrain(config).step == 4
+    losses = [line["loss_video"] for line in _lines(config.train.out / "metrics.jsonl")]
+    assert losses and all(map(math.isfinite, losses))
+
+
 def test_accumulation_changes_nothing(make_config: MakeConfig, tmp_path: Path) -> None:
     losses = []
     for accumulate in (1, 4):

@@ -21,6 +21,7 @@ from avmae_fast.train.pictures import draw
 from avmae_fast.train.pretrain import pretrain
 from avmae_fast.train.probe import Features, chance_accuracy, probe_accuracy
 from avmae_fast.train.recipe import build_model
+from avmae_kernels.yuv import i420_to_rgb
 
 MakeConfig = Callable[..., Config]
 
@@ -245,3 +246,14 @@ def test_chance_is_the_most_frequent_training_class() -> None:
     train = Features(x, np.array([0, 1, 1, 1, 2, 2]))
     test = Features(x, np.array([0, 0, 0, 1, 1, 2]))
     assert chance_accuracy(train, test) == pytest.approx(2 / 6)
+
+
+def test_pictures_of_planes_are_those_of_their_rgb(make_config: MakeConfig) -> None:
+    config = make_config(data={"pixels": "yuv420"})
+    model, stage = build_model(config, CPU), InputStage(config, CPU)
+    with ClipLoader(config, "val") as clips:
+        inputs = stage(next(iter(clips)))
+    as_rgb = {**inputs, "video": i420_to_rgb(inputs["video"])}
+    (drawn,), (expected,) = draw(model, inputs, clips=1), draw(model, as_rgb, clips=1)
+    for name, picture in vars(expected["video"]).items():
+        np.testing.assert_array_equal(getattr(drawn["video"], name), picture)
