@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from avmae_fast.data.clip import AUDIO_RATE_HZ, ClipError, ClipReader
 from avmae_fast.data.manifest import Record
-from avmae_fast.data.readers import open_clip
+from avmae_fast.data.readers import open_record
 from avmae_fast.data.shard_encode import Codec, Packed, encode
 from avmae_fast.data.windows import ticks_in
 
@@ -126,7 +126,7 @@ def pack_row(
     """
     record = row.record
     try:
-        with open_clip(record.path, "pyav") as reader:
+        with open_record(record, "pyav") as reader:
             parts = list(enumerate(_segments_of(record, reader, options)))[first:]
             for number, part in parts[:limit]:
                 try:
@@ -139,7 +139,7 @@ def pack_row(
 
 def count_parts(row: Listed, options: PackOptions) -> int:
     """How many records a row makes; raises ClipError where its file cannot be used."""
-    with open_clip(row.record.path, "pyav") as reader:
+    with open_record(row.record, "pyav") as reader:
         return len(_segments_of(row.record, reader, options))
 
 

@@ -11,6 +11,8 @@ from layouts import LAYOUTS, listing
 from avmae_fast.cli import main
 from avmae_fast.data.folder_index import FolderIndex, youtube_name
 from avmae_fast.data.manifest import FramesRecord, load_manifest
+from avmae_fast.data.pack import pack
+from avmae_fast.data.pack_clips import PackOptions
 from avmae_fast.data.readers import open_record
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
@@ -136,6 +138,16 @@ def test_every_row_can_be_read(name: str, tmp_path: Path) -> None:
             assert clip.info.has_video and clip.info.has_audio
             assert clip.read_video(np.array([record.start_s]), None).shape == (1, 64, 96, 3)
             assert clip.read_audio(0, 100).shape == (100,)
+
+
+@pytest.mark.parametrize("name", ["cav-mae", "webdataset"])
+def test_every_row_can_be_packed(name: str, tmp_path: Path, caplog) -> None:
+    rows, _ = _make(name, tmp_path)
+    index = pack(tmp_path / "clips.csv", tmp_path / "packed", PackOptions(), jobs=1)
+    assert len(index.rows) == len(rows)
+    # Said, because a packed clip has one label.
+    several = sum(len(row[0]) > 1 for (row,) in rows.values())
+    assert f"{several} of {len(rows)} clips have several labels" in caplog.text
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
