@@ -14,6 +14,9 @@ from avmae_fast.data.clip import Size, resized_shape
 
 Plane = NDArray[np.uint8]
 
+# FFmpeg's numbers: no tag, BT.470BG and SMPTE 170M, which are both BT.601.
+_BT601 = (2, 5, 6)
+
 
 def planes_of(frame: VideoFrame, reformatter: VideoReformatter, size: Size) -> Plane:
     """A decoded frame, upright, resized to `size` with sides rounded down to even lengths.
@@ -22,33 +25,44 @@ def planes_of(frame: VideoFrame, reformatter: VideoReformatter, size: Size) -> P
     in less than half the time of converting to RGB and resizing that. An odd side that is not
     resized loses its last line.
     """
-    sideways = frame.rotation % 180 != 0
+    rotation = frame.rotation
+    sideways = rotation % 180 != 0
     stored = (frame.width, frame.height) if sideways else (frame.height, frame.width)
     wanted = resized_shape(*stored, size)
     height, width = wanted[0] // 2 * 2, wanted[1] // 2 * 2
     scaled = stored if wanted == stored else (height, width)
-    # Copies a frame that is in this form already. Left alone, it starts a thread on every core.
-    converted = reformatter.reformat(
-        frame,
-        width=scaled[0] if sideways else scaled[1],
-        height=scaled[1] if sideways else scaled[0],
-        format="yuv420p",
-        dst_colorspace=Colorspace.ITU601,
-        dst_color_range=ColorRange.MPEG,
-        threads=1,
-    )
+    if scaled != stored or not _is_limited_bt601(frame):
+        # Left alone, it starts a thread on every core.
+        frame = reformatter.reformat(
+            frame,
+            width=scaled[0] if sideways else scaled[1],
+            height=scaled[1] if sideways else scaled[0],
+            format="yuv420p",
+            dst_colorspace=Colorspace.ITU601,
+            dst_color_range=ColorRange.MPEG,
+            threads=1,
+        )
     out = np.empty((height * 3 // 2, width), np.uint8)
-    for target, plane in zip(views(out), converted.planes, strict=True):
-        upright = _upright(plane, frame.rotation)
+    for target, plane in zip(views(out), frame.planes, strict=True):
+        upright = _upright(plane, rotation)
         target[...] = upright[: target.shape[0], : target.shape[1]]
     return out
+
+
+def _is_limited_bt601(frame: VideoFrame) -> bool:
+    """Whether a frame's planes can be taken as they are; one without tags counts as this."""
+    return (
+        frame.format.name == "yuv420p"
+        and frame.colorspace in _BT601
+        and frame.color_range in (ColorRange.UNSPECIFIED, ColorRange.MPEG)
+    )
 
 
 def _upright(plane: VideoPlane, rotation: int) -> Plane:
     """A plane [h, w] without the padding of its lines."""
     lines: Plane = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
     stored = lines[: plane.height, : plane.width]
-    return np.rot90(stored, rotation // 90)
+    return np.rot90(stored, rotation // 90) if rotation else stored
 
 
 def views(planes: Plane) -> tuple[Plane, Plane, Plane]:

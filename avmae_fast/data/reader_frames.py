@@ -90,7 +90,9 @@ class FramesReader:
                 return planes_of(frame, self._reformatter, size)
             converted = self._reformatter.reformat(frame, format="rgb24", threads=1)
             rgb: NDArray[np.uint8] = converted.to_ndarray().view(np.uint8)
-            return resize(rgb, size)
+            # Cameras write which way up a picture is beside it.
+            upright = np.rot90(rgb, frame.rotation // 90)
+            return resize(np.ascontiguousarray(upright), size)
 
     def _frame(self, file: Path) -> VideoFrame:
         # Bytes, because FFmpeg takes a name with numbers in it for the pattern of a sequence.
