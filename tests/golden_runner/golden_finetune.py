@@ -158,7 +158,7 @@ def _penalty(case: Case, model: ReferenceClassifier) -> Tensor | float:
     if not factor:
         return 0.0
     entries = classifier_entries(model.config, _family(case))
-    counted = {e.name for e in entries if len(e.flax_shape) > 1}
+    counted = {e.name for e in entries if len(e.leaf_shape) > 1}
     squares = [p.square().sum() for n, p in model.named_parameters() if n in counted]
     return 0.5 * factor * torch.stack(squares).sum()
 
