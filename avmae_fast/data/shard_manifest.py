@@ -1,5 +1,6 @@
 """Packed clips as a manifest: every record is a byte range of a shard."""
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -81,24 +82,18 @@ class ShardManifest(Manifest):
 
     def warn_unless_fit(self, data: DataConfig) -> None:
         """Say in the log where packed pictures do not suit what a run wants of them."""
-        log, header = logging.getLogger(__name__), self.index.header
+        header = self.index.header
         packed_s, wanted_s = 1 / header["fps"], data.stride / data.fps
         if abs(wanted_s / packed_s - round(wanted_s / packed_s)) > _UNEVEN or wanted_s < packed_s:
-            log.warning(
-                "data.stride / data.fps asks for pictures every %.4g s, those of %s are %.4g s "
-                "apart, so motion will look uneven: pack with another --fps, or use data.fps=%g",
-                wanted_s,
-                self.source.parent,
-                packed_s,
-                header["fps"],
+            _warn_once(
+                f"data.stride / data.fps asks for pictures every {wanted_s:.4g} s, those of "
+                f"{self.source.parent} are {packed_s:.4g} s apart, so motion will look uneven: "
+                f"pack with another --fps, or use data.fps={header['fps']:g}"
             )
         if data.short_side != header["short_side"]:
-            log.warning(
-                "pictures of %s have a short side of %d, data.short_side = %d: resizing them costs "
-                "more than decoding does",
-                self.source.parent,
-                header["short_side"],
-                data.short_side,
+            _warn_once(
+                f"pictures of {self.source.parent} have a short side of {header['short_side']}, "
+                f"data.short_side = {data.short_side}: resizing them costs more than decoding does"
             )
 
     def __len__(self) -> int:
@@ -131,3 +126,9 @@ class ShardManifest(Manifest):
             sound_at=int(row["sound_at"]),
             samples=int(row["samples"]),
         )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    # Every loader of a run looks at the shards.
+    logging.getLogger(__name__).warning(message)

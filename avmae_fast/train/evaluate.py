@@ -19,7 +19,7 @@ from torch import Tensor
 from avmae_fast.config import Modality, ModelConfig
 from avmae_fast.data.loader import Batch, ClipLoader
 from avmae_fast.models import AudiovisualMAE, TokenMask
-from avmae_fast.models.encoder import patch_of
+from avmae_fast.models.encoder import layout_of, patch_of
 from avmae_fast.train.inputs import InputStage
 from avmae_fast.train.pictures import Picture, draw
 from avmae_fast.train.probe import (
@@ -246,4 +246,5 @@ def _error(prediction: Tensor, target: Tensor, counted_BS: Tensor) -> float:
 
 
 def _targets(config: ModelConfig, m: Modality, source: Tensor, index_BS: Tensor) -> Tensor:
-    return target_patches(source, index_BS, patch_of(config, m), config.target_norm, torch.float32)
+    patch, norm, layout = patch_of(config, m), config.target_norm, layout_of(source)
+    return target_patches(source, index_BS, patch, norm, torch.float32, layout=layout)

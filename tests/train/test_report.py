@@ -257,3 +257,11 @@ def test_pictures_of_planes_are_those_of_their_rgb(make_config: MakeConfig) -> N
     (drawn,), (expected,) = draw(model, inputs, clips=1), draw(model, as_rgb, clips=1)
     for name, picture in vars(expected["video"]).items():
         np.testing.assert_array_equal(getattr(drawn["video"], name), picture)
+
+
+def test_report_of_a_run_on_planes(make_config: MakeConfig) -> None:
+    """Its targets and means are read from planes, too."""
+    config = make_config({"steps": 2}, {"pixels": "yuv420"})
+    assert pretrain(config).report is not None
+    summary = json.loads((config.train.out / "report/summary.json").read_text())
+    assert 0 < summary["reconstruction"]["video"]["mse"] < 1
