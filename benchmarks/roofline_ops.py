@@ -196,7 +196,7 @@ def _passes(g: str, nD: float, nM: float, calls: int, name: Name) -> Iterator[Op
     yield op("GELU backward", "pass", 6 * nM, 1, True)
     if name == "C":
         yield op("LayerNorm and GELU once more", "pass", 2 * 6 * nD + 4 * nM, 3, True)
-        yield op("bias gradients of qkv, proj, fc2", "columns", 10 * nD, 3, True)
+        yield op("bias gradient of qkv", "columns", 6 * nD, 1, True)
         return
     yield op("LayerNorm's weights", "columns", 2 * 6 * nD, 4, True)
     yield op("bias gradients", "columns", 10 * nD + 2 * nM, 8, True)
