@@ -6,11 +6,12 @@ DEMO ?= demo
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-slow gpu lint format install clean
+.PHONY: help demo test test-slow docs gpu lint format install clean
 
 help:
 	@echo "make demo    make synthetic clips, pretrain on them for some minutes, write a report"
 	@echo "make test    run the tests"
+	@echo "make docs    build the documentation into build/docs"
 	@echo "make gpu     test the kernels on this machine's GPU, then measure; STAGE=tests: test alone"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove the virtual environment, build products and the demo's files"
@@ -23,7 +24,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e '.[test,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test,dev,docs]'
 	touch $@
 
 install: $(STAMP)
@@ -37,6 +38,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "build/docs/index.html"
 
 # Runs in the environment of PYTHON as it is: a GPU machine brings its own torch and Triton.
 # STAGE names stages (tests rivals step curve kernels peers largest ablation), each of at most eight
