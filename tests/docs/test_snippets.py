@@ -1,10 +1,12 @@
 """What the pages tell users to run, runs: Python as it is, shell lines as far as the parser."""
 
+import argparse
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import cli_reference
 import pytest
 import torch
 from libraries import library
@@ -13,9 +15,10 @@ from pages import PAGES, TEXTS, fenced, without_fences
 from avmae_fast import cli
 from avmae_fast.config_file import load_config
 
-# One argument of the command line: anything but what a shell takes for itself.
+# A line that runs the program, by its name or as a module, and what ends a command.
 _COMMAND = re.compile(r"(?:^|[\s])avmae(?:_fast\.cli)? (?P<arguments>.+)")
 _ENDS = ("#", "&", "|", ";", "&&")
+_TORCHRUN = {"--signals-to-handle"}
 
 
 @pytest.mark.parametrize(
@@ -66,10 +69,14 @@ def test_commands_parse(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda p: str(p.relative_to(p.parents[1])))
-def test_commands_in_the_text_exist(page: Path) -> None:
-    known = {name for name, _, _ in _subcommands()}
-    for word in re.findall(r"`avmae ([\w-]+)", without_fences(page.read_text())):
-        assert word in known, f"{page.name}: there is no avmae {word}"
+def test_commands_and_options_in_the_text_exist(page: Path) -> None:
+    parsers = dict(_parsers("avmae", cli._parser()))
+    options = {word for parser in parsers.values() for word in parser._option_string_actions}
+    prose = without_fences(page.read_text())
+    for word in re.findall(r"`avmae ([\w-]+)", prose):
+        assert f"avmae {word}" in parsers, f"{page.name}: there is no avmae {word}"
+    for word in re.findall(r"`(--[\w-]+)", prose):
+        assert word in options | _TORCHRUN, f"{page.name}: no command has {word}"
 
 
 def test_the_commands_are_found() -> None:
@@ -81,7 +88,9 @@ def test_the_commands_are_found() -> None:
     assert list(commands(f"```\n{several_lines}```\n")) == [["pretrain", "demo", "--resume"]]
 
 
-def _subcommands() -> Iterator[tuple[str, object, str]]:
-    import cli_reference
-
-    return cli_reference.commands(cli._parser())
+def _parsers(
+    name: str, parser: argparse.ArgumentParser
+) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    yield name, parser
+    for word, command, _ in cli_reference.commands(parser):
+        yield from _parsers(f"{name} {word}", command)
