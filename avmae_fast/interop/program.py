@@ -1,6 +1,7 @@
 """An encoder as a program of `torch.export`: a graph of operations that needs none of its code.
 
-It calls the operations of `avmae_kernels`; import that package before a saved program is loaded.
+It calls the operations of `avmae_kernels`, which importing `avmae_fast.models` registers: do that
+before a saved program is loaded.
 """
 
 import torch

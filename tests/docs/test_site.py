@@ -18,7 +18,8 @@ from avmae_fast import cli, config, finetune_config
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built site. Strict: links, anchors and names of functions that do not exist fail."""
-    pytest.importorskip("mkdocs", reason="the site needs `pip install -e '.[docs]'`")
+    for package in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(package, reason="the site needs `pip install -e '.[docs]'`")
     out = tmp_path_factory.mktemp("site")
     built = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)],
