@@ -416,6 +416,17 @@ def _require_one_of(name_a: str, a: int | float | None, name_b: str, b: int | fl
     _require(value is not None and value > 0, name, value, "positive")
 
 
+class Run(Protocol):
+    """What every run says, whatever it trains: `Config`, and fine-tuning's `FinetuneConfig`."""
+
+    @property
+    def model(self) -> Backbone: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole pretraining run, as one TOML file holds it."""

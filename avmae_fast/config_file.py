@@ -15,11 +15,21 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from avmae_fast.config import DECODER_SIZES, ENCODER_SIZES, Config, ConfigError, ModelConfig
+from avmae_fast.config import (
+    DECODER_SIZES,
+    ENCODER_SIZES,
+    Config,
+    ConfigError,
+    ModelConfig,
+    StackConfig,
+)
+from avmae_fast.finetune_config import FUSION_LAYER, ClassifierConfig, FinetuneConfig
 
 T = TypeVar("T")
+RunT = TypeVar("RunT", Config, FinetuneConfig)
 
 _HELP = {
+    "model.classes": "how many the manifest names; give it with --set model.classes=N",
     "data.manifest": "no preset holds one; give yours with --set data.manifest=FILE",
     "train.out": "the folder of the run; give it with --set train.out=FOLDER",
     "model.encoder": 'set size = "B" in [model], or write the table [model.encoder]',
@@ -53,10 +63,28 @@ def load_config(path_or_preset: str | Path, overrides: Sequence[str] = ()) -> Co
     Raises:
         ConfigError: no such file, not TOML, or a field that is unknown, missing or not valid.
     """
+    return _with_absolute_paths(from_dict(_table(path_or_preset, overrides)))
+
+
+def load_finetune_config(
+    path_or_preset: str | Path, overrides: Sequence[str] = ()
+) -> FinetuneConfig:
+    """The fine-tuning run of a TOML file or a preset; all as in `load_config`."""
+    config = finetune_from_dict(_table(path_or_preset, overrides))
+    if config.finetune.init is not None:
+        recipe = replace(config.finetune, init=_absolute(config.finetune.init))
+        config = replace(config, finetune=recipe)
+    return _with_absolute_paths(config)
+
+
+def _table(path_or_preset: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
     table = _read(path_or_preset)
     for override in overrides:
         _override(table, override)
-    config = from_dict(table)
+    return table
+
+
+def _with_absolute_paths(config: RunT) -> RunT:
     data = replace(config.data, manifest=_absolute(config.data.manifest))
     if data.val_manifest is not None:
         data = replace(data, val_manifest=_absolute(data.val_manifest))
@@ -69,6 +97,19 @@ def from_dict(table: Mapping[str, Any]) -> Config:
     if isinstance(expanded.get("model"), Mapping):
         expanded["model"] = _expand_model(expanded["model"])
     return _build(Config, expanded, "")
+
+
+def finetune_from_dict(table: Mapping[str, Any]) -> FinetuneConfig:
+    """The fine-tuning run that nested tables hold."""
+    expanded = dict(table)
+    if isinstance(expanded.get("model"), Mapping):
+        expanded["model"] = _expand_classifier(expanded["model"])
+    return _build(FinetuneConfig, expanded, "")
+
+
+def classifier_from_dict(table: Mapping[str, Any]) -> ClassifierConfig:
+    """The classifier that a [model] table holds."""
+    return _build(ClassifierConfig, _expand_classifier(table), "model")
 
 
 def model_from_dict(table: Mapping[str, Any]) -> ModelConfig:
@@ -156,20 +197,32 @@ def _value(text: str) -> Any:
 
 def _expand_model(model: Mapping[str, Any]) -> dict[str, Any]:
     """[model] with `size` replaced by the stacks it stands for, and `false` by None."""
+    return _expand(model, {"encoder": ENCODER_SIZES, "decoder": DECODER_SIZES})[0]
+
+
+def _expand_classifier(model: Mapping[str, Any]) -> dict[str, Any]:
+    """[model] of a classifier, whose size also says where its modalities meet."""
+    expanded, size = _expand(model, {"encoder": ENCODER_SIZES})
+    return expanded if size is None else {"fusion_layer": FUSION_LAYER[size], **expanded}
+
+
+def _expand(
+    model: Mapping[str, Any], stacks: Mapping[str, Mapping[str, StackConfig]]
+) -> tuple[dict[str, Any], str | None]:
     expanded = dict(model)
     size = expanded.pop("size", None)
     if size is not None:
         if not isinstance(size, str) or size not in ENCODER_SIZES:
             known = ", ".join(map(repr, ENCODER_SIZES))
             raise ConfigError(f"model.size = {size!r} is not valid: it must be one of {known}")
-        for name, sizes in (("encoder", ENCODER_SIZES), ("decoder", DECODER_SIZES)):
+        for name, sizes in stacks.items():
             given = expanded.get(name, {})
             if isinstance(given, Mapping):
                 expanded[name] = {**asdict(sizes[size]), **given}
     for name in ("video", "audio"):
         if expanded.get(name) is False:
             expanded[name] = None
-    return expanded
+    return expanded, size
 
 
 def _build(cls: type[T], table: Mapping[str, Any], path: str) -> T:
@@ -206,7 +259,12 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if origin in (Union, types.UnionType):
         if type(None) in args and value in (None, _ABSENT):
             return None
-        return _convert(value, next(a for a in args if a is not type(None)), name)
+        choices = [a for a in args if a is not type(None)]
+        tables = [a for a in choices if get_origin(a) is Mapping]
+        fits = tables if isinstance(value, Mapping) and tables else choices
+        return _convert(value, fits[0], name)
+    if origin is Mapping:
+        return {key: _convert(v, args[1], f"{name}.{key}") for key, v in value.items()}
     if origin is Literal:
         if value in args and type(value) in {type(a) for a in args}:
             return value
@@ -217,6 +275,10 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         if isinstance(value, Mapping):
             return _build(hint, value, name)  # type: ignore[arg-type]
         raise _wrong_type(name, value, "a table")
+    if origin is tuple and args[-1] is Ellipsis:
+        if isinstance(value, list | tuple):
+            return tuple(_convert(v, args[0], f"{name}[{i}]") for i, v in enumerate(value))
+        raise _wrong_type(name, value, "a list")
     if origin is tuple:
         if isinstance(value, list | tuple) and len(value) == len(args):
             return tuple(

@@ -4,8 +4,10 @@ Defaults are those of the released fine-tuning; `ClassifierConfig.of_size` fills
 Source: arXiv:2212.05922, section 4 (fine-tuning), and MBT, arXiv:2107.00135, for the bottlenecks.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from avmae_fast.config import (
@@ -13,9 +15,11 @@ from avmae_fast.config import (
     MODALITIES,
     AudioConfig,
     ConfigError,
+    DataConfig,
     Modality,
     Positions,
     StackConfig,
+    TrainConfig,
     VideoConfig,
     _require,
     _require_choice,
@@ -25,9 +29,10 @@ from avmae_fast.config import (
 ClassifierFusion = Literal["bottleneck", "cross", "early", "late"]
 Pooling = Literal["mean", "cls", "cls_positioned"]
 HeadKind = Literal["linear", "linear_probe", "attentive_probe"]
+Loss = Literal["softmax", "sigmoid"]
 
 # Layer of the first bottleneck: B as MBT, L as released for AudioSet, the others in proportion.
-_FUSION_LAYER = {"Ti": 8, "S": 8, "B": 8, "L": 18, "H": 24}
+FUSION_LAYER = {"Ti": 8, "S": 8, "B": 8, "L": 18, "H": 24}
 _ONLY_HEAD = "label"
 
 
@@ -189,5 +194,114 @@ class ClassifierConfig:
         """The configuration of a named size (Ti, S, B, L, H) with other fields as given."""
         valid = f"one of {', '.join(ENCODER_SIZES)}"
         _require(size in ENCODER_SIZES, "classifier.size", size, valid)
-        base = cls(encoder=ENCODER_SIZES[size], classes=classes, fusion_layer=_FUSION_LAYER[size])
+        base = cls(encoder=ENCODER_SIZES[size], classes=classes, fusion_layer=FUSION_LAYER[size])
         return replace(base, **fields)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """What fine-tuning starts from, and what it does to clips and weights besides `TrainConfig`.
+
+    init: the folder of a pretraining run, of an encoder or of a checkpoint, or a weights file beside
+        which its configuration lies; None starts from scratch.
+    norms, fresh, leave, interpolate_positions: see `avmae_fast.interop.transfer.transfer`.
+    loss: `softmax` where a clip has one class of each head, `sigmoid` where it has any number.
+    optimizer: `sgd` with `momentum` as released; or `adamw`, to which `train.betas`, `train.eps`
+        and `train.weight_decay` belong. Both give each layer `layer_decay` of the next one's rate.
+    mixup: alpha of the Beta distribution of each modality's share in each micro-batch of a process;
+        0 mixes nothing.
+    frequency_masks, time_masks: how many stretches of a spectrogram are set to 0, its mean, each
+        shorter than `frequency_mask_bins` or `time_mask_frames`. The released time masks have no
+        effect, so presets have none.
+    time_shift: turn the spectrogram round by a random number of its frames.
+    scale_jitter: range of the factors by which height and width are stretched, each its own.
+    colour, greyscale: probability that a clip's colours are changed, or taken away.
+    temporal_views, spatial_views: cuts of a clip whose logits evaluation averages.
+    """
+
+    init: Path | None = None
+    norms: Literal["released", "keep"] = "released"
+    fresh: tuple[str, ...] = ()
+    leave: tuple[str, ...] = ()
+    interpolate_positions: bool = False
+    loss: Loss = "softmax"
+    label_smoothing: float = 0.3
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: float = 0.9
+    layer_decay: float = 0.75
+    mixup: float = 0.0
+    frequency_masks: int = 0
+    frequency_mask_bins: int = 0
+    time_masks: int = 0
+    time_mask_frames: int = 0
+    time_shift: bool = False
+    scale_jitter: tuple[float, float] = (1.0, 1.0)
+    colour: float = 0.0
+    greyscale: float = 0.0
+    temporal_views: int = 4
+    spatial_views: int = 1
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("norms", Literal["released", "keep"]),
+            ("loss", Loss),
+            ("optimizer", Literal["sgd", "adamw"]),
+        ):
+            _require_choice(f"finetune.{name}", getattr(self, name), choices)
+        for name in ("label_smoothing", "momentum"):
+            value = getattr(self, name)
+            _require(0.0 <= value < 1.0, f"finetune.{name}", value, "in [0, 1)")
+        _require(0 < self.layer_decay <= 1, "finetune.layer_decay", self.layer_decay, "in (0, 1]")
+        for name in ("colour", "greyscale"):
+            value = getattr(self, name)
+            _require(0.0 <= value <= 1.0, f"finetune.{name}", value, "a probability, in [0, 1]")
+        names = ("frequency_masks", "frequency_mask_bins", "time_masks", "time_mask_frames")
+        for name in ("mixup", *names):
+            value = getattr(self, name)
+            ok = math.isfinite(value) and value >= 0
+            _require(ok, f"finetune.{name}", value, "at least 0")
+        low, high = self.scale_jitter
+        ok = 0.1 <= low <= high <= 10.0
+        _require(ok, "finetune.scale_jitter", self.scale_jitter, "two rising factors in [0.1, 10]")
+        _require_positive("finetune", temporal_views=self.temporal_views)
+        ok = self.spatial_views in (1, 3)
+        _require(ok, "finetune.spatial_views", self.spatial_views, "1 or 3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """A whole fine-tuning run, as one TOML file holds it."""
+
+    model: ClassifierConfig
+    data: DataConfig
+    train: TrainConfig
+    finetune: RecipeConfig = field(default_factory=RecipeConfig)
+
+    def __post_init__(self) -> None:
+        valid = "false: a step's shapes depend on which clips stochastic depth leaves out"
+        _require(not self.train.cuda_graph, "train.cuda_graph", self.train.cuda_graph, valid)
+        if self.finetune.optimizer == "sgd":
+            valid = "'ddp' with finetune.optimizer = 'sgd', which does not update sharded weights"
+            _require(self.train.parallel == "ddp", "train.parallel", self.train.parallel, valid)
+        repeated = self.data.repeat_windows * self.data.repeat_views
+        valid = "1 in fine-tuning: mixup would mix a clip with itself"
+        _require(repeated == 1, "data.repeat_windows * data.repeat_views", repeated, valid)
+
+    @property
+    def training_input(self) -> "FinetuneConfig":
+        """This run with the picture that training clips are cut to on the host.
+
+        Scale jitter needs more of it than the network gets: a region `1 / factor` of its size.
+        """
+        video, low = self.model.video, self.finetune.scale_jitter[0]
+        if video is None or low >= 1.0:
+            return self
+        sides = (video.height, video.width)
+        patches = video.tubelet[1:]
+        tall, wide = (p * math.ceil(s / low / p) for s, p in zip(sides, patches, strict=True))
+        largest = max(tall, wide)
+        valid = f"at least {largest}, or finetune.scale_jitter[0] = {low} be larger: a crop is"
+        ok = self.data.short_side >= largest
+        _require(ok, "data.short_side", self.data.short_side, f"{valid} resized after it is cut")
+        loaded = replace(video, height=tall, width=wide)
+        return replace(self, model=replace(self.model, video=loaded))

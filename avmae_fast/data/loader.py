@@ -18,7 +18,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from avmae_fast.config import Config, ConfigError
+from avmae_fast.config import ConfigError, Run
 from avmae_fast.data.bad_files import BadFiles, Substitution, TooManyBadFiles
 from avmae_fast.data.cache import ram_cache
 from avmae_fast.data.clip import ErrorKind
@@ -50,7 +50,8 @@ class Batch:
     video: uint8 [B, T, H, W, 3], or planes [B, T, 3H/2, W], cropped and flipped; None without.
     waveform: int16 [B, S], mono 16 kHz, S samples making audio.frames rows; None without audio.
     keys: int64 [B], the position of each sample; masks are drawn by it.
-    labels: int64 [B], -1 where the manifest gives none.
+    labels: int64 [B], -1 where the manifest gives none, or several.
+    records: int64 [B], the numbers in the manifest of what the samples were really cut from.
     has_audio: bool [B]; false where silence stands in for a missing track.
     substituted: the files that could not be read, in the order in which they were tried.
 
@@ -62,6 +63,7 @@ class Batch:
     waveform: Tensor | None
     keys: Tensor
     labels: Tensor
+    records: Tensor
     has_audio: Tensor
     substituted: tuple[Substitution, ...] = ()
 
@@ -116,7 +118,7 @@ class ClipLoader:
 
     def __init__(
         self,
-        config: Config,
+        config: Run,
         split: Split = "train",
         start: int = 0,
         rank: int = 0,
@@ -260,6 +262,7 @@ class ClipLoader:
         slot, count, layout = filling.slot, filling.count, self._ring.layout
         arrays = self._ring.arrays(slot)
         labels = torch.from_numpy(arrays.labels[:count].copy())
+        records = torch.from_numpy(arrays.records[:count].copy())
         has_audio = torch.from_numpy(arrays.has_audio[:count].astype(bool))
         keep = self._slots.count("lent") >= _LENT
         self._slots.lend(slot)
@@ -271,6 +274,7 @@ class ClipLoader:
             waveform=waveform if layout.samples else None,
             keys=torch.arange(filling.first, filling.first + count),
             labels=labels,
+            records=records,
             has_audio=has_audio,
             substituted=substituted,
         )
@@ -290,7 +294,7 @@ class _Plan:
 
     @classmethod
     def of(
-        cls, config: Config, repeat: int, split: Split, records: int, rank: int, world: int
+        cls, config: Run, repeat: int, split: Split, records: int, rank: int, world: int
     ) -> Self:
         if not 0 <= rank < world:
             raise ValueError(f"rank must be from 0 to world - 1 = {world - 1}, got {rank}")
@@ -313,7 +317,7 @@ class _Plan:
             start += self.world * self.batch
 
 
-def _order(config: Config, split: Split, records: int) -> Order:
+def _order(config: Run, split: Split, records: int) -> Order:
     if split == "val":
         return Order(records, config.train.seed, shuffle=False)
     data = config.data
@@ -344,7 +348,7 @@ def _exclude(
             job.exclude(number, *why)
 
 
-def split_manifest(config: Config, split: Split) -> Manifest:
+def split_manifest(config: Run, split: Split) -> Manifest:
     """The records of a split: rows of `data.manifest`, or `data.val_manifest` where it is set.
 
     A validation manifest counts whole unless some of its rows are marked val. Class names are the

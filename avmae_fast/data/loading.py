@@ -128,6 +128,7 @@ class LoadJob:
         of_window = None if draws is None else draws[window.start : window.stop]
         cut_into(source, self._spec, of_window, slot.video[rows], slot.waveform[rows])
         slot.labels[rows] = self._manifest[record].label
+        slot.records[rows] = record
         slot.has_audio[rows] = source.has_audio
 
 

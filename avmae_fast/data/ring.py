@@ -101,8 +101,12 @@ class Layout:
         return aligned(self.waveform_at + self.batch * self.samples * 2)
 
     @property
-    def has_audio_at(self) -> int:
+    def records_at(self) -> int:
         return self.labels_at + self.batch * 8
+
+    @property
+    def has_audio_at(self) -> int:
+        return self.records_at + self.batch * 8
 
     @property
     def size(self) -> int:
@@ -112,12 +116,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class SlotArrays:
-    """A slot as workers see it: video uint8 [B, T, *picture], waveform int16 [B, S], labels int64
-    [B], has_audio uint8 [B]."""
+    """A slot as workers see it: video uint8 [B, T, *picture], waveform int16 [B, S], labels and
+    records int64 [B], has_audio uint8 [B]."""
 
     video: NDArray[np.uint8]
     waveform: NDArray[np.int16]
     labels: NDArray[np.int64]
+    records: NDArray[np.int64]
     has_audio: NDArray[np.uint8]
 
 
@@ -141,6 +146,7 @@ class Ring:
             video=block.array(np.uint8, layout.video_shape, start),
             waveform=block.array(np.int16, waveform_shape, start + layout.waveform_at),
             labels=block.array(np.int64, (layout.batch,), start + layout.labels_at),
+            records=block.array(np.int64, (layout.batch,), start + layout.records_at),
             has_audio=block.array(np.uint8, (layout.batch,), start + layout.has_audio_at),
         )
 

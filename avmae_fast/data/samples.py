@@ -8,7 +8,7 @@ from typing import Literal, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from avmae_fast.config import Config, ConfigError
+from avmae_fast.config import ConfigError, Run
 from avmae_fast.data.clip import AUDIO_RATE_HZ, ClipError, Pixels
 from avmae_fast.data.manifest import Record
 from avmae_fast.data.order import DRAWS
@@ -31,7 +31,7 @@ from avmae_fast.data.windows import (
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """What a sample is made of: the part of a `Config` that the data needs.
+    """What a sample is made of: the part of a run that the data needs.
 
     frames is 0 without video, samples is 0 without audio.
     """
@@ -49,7 +49,7 @@ class SampleSpec:
     pixels: Pixels = "rgb"
 
     @classmethod
-    def of(cls, config: Config) -> Self:
+    def of(cls, config: Run) -> Self:
         """Raises ConfigError where the crop cannot fit or the reader is not installed."""
         video, audio, data = config.model.video, config.model.audio, config.data
         if video is not None and data.short_side < max(video.height, video.width):

@@ -5,6 +5,7 @@
 
 from avmae_fast.models.autoencoder import AudiovisualMAE, Reconstruction
 from avmae_fast.models.classifier import Classifier, Prediction
+from avmae_fast.models.classifier_training import Classification, TrainedClassifier
 from avmae_fast.models.drop_path import DropPath, draw_dropped
 from avmae_fast.models.encoder import Encoder
 from avmae_fast.models.layout import TokenLayout, TokenMask
@@ -13,6 +14,7 @@ from avmae_fast.models.packed_tokens import PackedTokens
 
 __all__ = [
     "AudiovisualMAE",
+    "Classification",
     "Classifier",
     "DropPath",
     "Encoder",
@@ -22,5 +24,6 @@ __all__ = [
     "Reconstruction",
     "TokenLayout",
     "TokenMask",
+    "TrainedClassifier",
     "draw_dropped",
 ]

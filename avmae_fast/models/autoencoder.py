@@ -75,6 +75,11 @@ class AudiovisualMAE(Encoder):
             table = position_table(config, m, width)
             self.register_buffer(f"decoder_pos_{m}", table, persistent=False)
 
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """What has a loss of its own: each modality."""
+        return self.config.modalities
+
     def forward(  # type: ignore[override]
         self,
         video: Tensor | None = None,

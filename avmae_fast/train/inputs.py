@@ -1,13 +1,14 @@
 """From a batch on the host to the model's arguments on the device: log-mel, standardised, masks."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import is_dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from avmae_fast.config import Config
+from avmae_fast.config import AudioConfig, Config
 from avmae_fast.data.loader import Batch
 from avmae_fast.models import TokenMask
 from avmae_fast.train.recipe import mask_specs
@@ -20,21 +21,15 @@ Inputs = dict[str, Any]
 _MOST_IN_FLIGHT = 2
 
 
-class InputStage:
-    """Makes the arguments of `AudiovisualMAE` out of batches.
+class Stage:
+    """Makes the arguments of a model out of batches: `_make` says how."""
 
-    Masks are drawn by (seed, position of the sample, modality): a sample is masked alike whatever
-    the batch it is in.
-    """
-
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.config = config
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._specs = mask_specs(config)
         self._copies = _Copies(device) if device.type == "cuda" else None
 
     def __call__(self, batch: Batch) -> Inputs:
-        """video [B, T, H, W, 3] uint8, audio [B, frames, mel_bins] float32, masks by modality."""
+        """The inputs of one batch, ready to be used."""
         if self._copies is None:
             return self._make(batch)
         return self._copies.finish(*self._copies.begin(batch, self._make))
@@ -53,18 +48,41 @@ class InputStage:
             yield self._copies.finish(*begun.popleft())
 
     def _make(self, batch: Batch) -> Inputs:
+        """The inputs of one batch; their copies to the device need not be done yet."""
+        raise NotImplementedError
+
+    def _video(self, batch: Batch) -> Tensor | None:
+        """uint8 [B, T, H, W, 3]."""
+        return None if batch.video is None else batch.video.to(self.device, non_blocking=True)
+
+    def _audio(self, batch: Batch, audio: AudioConfig | None) -> Tensor | None:
+        """Standardised log-mel, float32 [B, frames, mel_bins]."""
+        if batch.waveform is None or audio is None:
+            return None
+        waveform = batch.waveform.to(self.device, non_blocking=True)
+        return (log_mel(waveform, audio.mel_bins) - audio.mean) / audio.std
+
+
+class InputStage(Stage):
+    """Makes the arguments of `AudiovisualMAE`: video, audio and masks by modality.
+
+    Masks are drawn by (seed, position of the sample, modality): a sample is masked alike whatever
+    the batch it is in.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        super().__init__(device)
+        self.config = config
+        self._specs = mask_specs(config)
+
+    def _make(self, batch: Batch) -> Inputs:
         inputs: Inputs = {"masks": {}}
         seed = self.config.train.seed
         for m, spec in self._specs.items():
             masks = sample_masks(spec, batch.keys.numpy(), seed=seed, modality=m)
             inputs["masks"][m] = TokenMask.from_numpy(masks, self.device)
-        if batch.video is not None:
-            inputs["video"] = batch.video.to(self.device, non_blocking=True)
-        audio = self.config.model.audio
-        if batch.waveform is not None and audio is not None:
-            waveform = batch.waveform.to(self.device, non_blocking=True)
-            inputs["audio"] = (log_mel(waveform, audio.mel_bins) - audio.mean) / audio.std
-        return inputs
+        sources = {"video": self._video(batch), "audio": self._audio(batch, self.config.model.audio)}
+        return inputs | {name: x for name, x in sources.items() if x is not None}
 
 
 class _Event(Protocol):
@@ -129,10 +147,14 @@ class _Copies:
         return inputs
 
 
-def _tensors(inputs: Inputs) -> Iterator[Tensor]:
-    for value in inputs.values():
-        if isinstance(value, Tensor):
-            yield value
-    for mask in inputs["masks"].values():
-        yield mask.visible
-        yield mask.masked
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested mappings, sequences and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif is_dataclass(value):
+        yield from _tensors(vars(value))

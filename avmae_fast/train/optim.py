@@ -97,12 +97,14 @@ def _kept(group: dict[str, Any], found_inf: Tensor | None, dtype: torch.dtype) -
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group, in place where it is a tensor."""
+    """Give every group the rate `lr` times its `lr_scale` (1 where it has none), in place where
+    the rate is a tensor."""
     for group in optimizer.param_groups:
+        rate = lr * group.get("lr_scale", 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = lr
+            group["lr"] = rate
 
 
 def learning_rate(step: int, base_lr: float, total_steps: int, warmup_steps: float = 0.0) -> float:

@@ -7,7 +7,7 @@ follows `avmae_fast.train.optim.learning_rate`.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -46,15 +46,39 @@ def layerwise_groups(model: nn.Module, layers: int, decay: float = 0.75) -> list
     ]
 
 
-def released_sgd(groups: Iterable[dict[str, Any]], momentum: float = 0.9) -> torch.optim.SGD:
-    """Momentum SGD, not Nesterov, without weight decay; `set_rates` sets its learning rate."""
-    return torch.optim.SGD(list(groups), lr=0.0, momentum=momentum)
+def adamw_groups(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same groups for `ReleasedAdamW`: each cut into matrices, which decay, and the rest."""
+    cut = []
+    for group in groups:
+        matrices = [p for p in group["params"] if p.ndim > 1]
+        others = [p for p in group["params"] if p.ndim <= 1]
+        cut += [{**group, "params": matrices}] * bool(matrices)
+        cut += [{**group, "params": others, "explicit_weight_decay": 0.0}] * bool(others)
+    return cut
 
 
-def set_rates(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group the rate `lr` times its `lr_scale` (1 where it has none)."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+class ReleasedSGD(torch.optim.SGD):
+    """Momentum SGD, not Nesterov, without weight decay; `set_learning_rate` sets its rates."""
+
+    def __init__(self, groups: Iterable[dict[str, Any]], momentum: float = 0.9) -> None:
+        super().__init__(list(groups), lr=0.0, momentum=momentum, fused=True)
+        # torch makes them in the first step, and leaves them as they were in memory if it is one
+        # that changes nothing. From 0 the first step is the same: 0 * momentum + gradient.
+        for group in self.param_groups if momentum else []:
+            for p in group["params"]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, *, found_inf: Tensor | None = None
+    ) -> float | None:
+        """Update every parameter that has a gradient.
+
+        found_inf: a float32 scalar on the parameters' device; where it is 1 nothing changes.
+        """
+        # The name under which fused SGD looks for it.
+        self.found_inf = found_inf
+        return super().step(closure)
 
 
 @torch.no_grad()

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
-from avmae_fast.models import AudiovisualMAE, TokenMask
+from avmae_fast.models import AudiovisualMAE, TokenMask, TrainedClassifier
 from avmae_fast.train.distributed import average, gradients_stay, like, whole
 from avmae_fast.train.optim import ReleasedAdamW, set_learning_rate
+from avmae_fast.train.sgd import ReleasedSGD, clip_to_norm
 
 Autocast = Callable[[], AbstractContextManager[object]]
 Inputs = Mapping[str, Any]
@@ -30,14 +31,14 @@ class TrainStep:
         clip_grad: largest norm of the gradient, None for no limit.
         called: what is called in place of the model where several processes train it.
 
-    names: what the values of a step are: `loss`, `loss_<modality>`, `grad_norm` before clipping;
-        two flags follow them, see `Read`.
+    names: what the values of a step are: `loss`, `loss_<name>` of each of the model's
+        `loss_names`, `grad_norm` before clipping; two flags follow them, see `Read`.
     """
 
     def __init__(
         self,
-        model: AudiovisualMAE,
-        optimizer: ReleasedAdamW,
+        model: AudiovisualMAE | TrainedClassifier,
+        optimizer: ReleasedAdamW | ReleasedSGD,
         autocast: Autocast,
         accumulate: int = 1,
         clip_grad: float | None = None,
@@ -47,7 +48,7 @@ class TrainStep:
         self.called = model if called is None else called
         self.accumulate = accumulate
         self.clip_limit = math.inf if clip_grad is None else clip_grad
-        self.names = ("loss", *(f"loss_{m}" for m in model.config.modalities), "grad_norm")
+        self.names = ("loss", *(f"loss_{name}" for name in model.loss_names), "grad_norm")
         device = next(model.parameters()).device
         # Means over micro-batches, then the two flags.
         self._tally = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=device)
@@ -93,14 +94,15 @@ class TrainStep:
             with self.autocast():
                 out = self.called(**inputs)
             (out.loss / self.accumulate).backward()
-        losses = torch.stack([out.loss, *(out.losses[m] for m in self.model.config.modalities)])
+        losses = torch.stack([out.loss, *(out.losses[name] for name in self.model.loss_names)])
         self._tally[:-2].add_(losses.detach(), alpha=1 / self.accumulate)
 
     def _update(self) -> Tensor:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        sharded_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.clip_limit < math.inf:
-            clip_grads_with_norm_(parameters, self.clip_limit, sharded_norm)
+            sharded_norm = clip_to_norm(parameters, self.clip_limit)
+        else:
+            sharded_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         average(self._tally)
         norm = whole(sharded_norm).double()
         values = torch.cat([self._tally[:-2], norm[None], self._tally[-2:]])

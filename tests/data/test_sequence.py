@@ -12,7 +12,7 @@ from avmae_fast.config import ConfigError
 from avmae_fast.data.loader import ClipLoader
 
 BATCH, STEPS = 8, 4
-FIELDS = ("video", "waveform", "keys", "labels", "has_audio")
+FIELDS = ("video", "waveform", "keys", "labels", "records", "has_audio")
 SMALL_CROP = {"video": replace(VIDEO, height=32, width=48), "audio": AUDIO}
 
 

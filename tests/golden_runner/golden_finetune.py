@@ -27,13 +27,12 @@ from avmae_fast.interop.scenic_classifier import (
 )
 from avmae_fast.reference import ReferenceClassifier, ReferenceLogits
 from avmae_fast.reference.classification import classification_loss, mean_loss, mix
-from avmae_fast.train.optim import learning_rate
+from avmae_fast.train.optim import learning_rate, set_learning_rate
 from avmae_fast.train.sgd import (
+    ReleasedSGD,
     clip_to_norm,
     layer_id,
     layerwise_groups,
-    released_sgd,
-    set_rates,
 )
 
 # What a fine-tuning case gives to the model.
@@ -244,7 +243,7 @@ def check_e2e_finetune(case: Case) -> Iterator[Comparison]:
     decay = settings["optimizer_configs"].get("layerwise_decay") or 1.0
     momentum = settings["optimizer_configs"]["momentum"]
     groups = layerwise_groups(model, config.encoder.layers, decay)
-    optimizer = released_sgd(groups, momentum)
+    optimizer = ReleasedSGD(groups, momentum)
     weights = dict(zip(config.modalities, case.arrays["mix_weights"].tolist(), strict=True))
     metrics = case.meta["metrics_per_step_value_normaliser"]
     for step, expected in enumerate(metrics):
@@ -268,7 +267,7 @@ def check_e2e_finetune(case: Case) -> Iterator[Comparison]:
             # A norm's rounding is that of the gradients, 3e-5 of the largest in float32.
             limit = FLOAT32_LOSS_LIMIT if name == "loss" else 3e-5
             yield compare(f"{name}[{step}]", got, wanted, limit, relative=True)
-        set_rates(optimizer, learning_rate(step, **schedule(settings["lr_configs"])))
+        set_learning_rate(optimizer, learning_rate(step, **schedule(settings["lr_configs"])))
         optimizer.step()
         yield from _compare_weights(case, model, step + 1)
 
@@ -308,7 +307,7 @@ def check_sgd(case: Case) -> Iterator[Comparison]:
     groups: list[dict[str, Any]] = [
         {"params": [leaf], "lr_scale": scales[ids[name]]} for name, leaf in leaves.items()
     ]
-    optimizer = released_sgd(groups, meta["momentum"])
+    optimizer = ReleasedSGD(groups, meta["momentum"])
     arguments = schedule(meta["lr_configs"])
     for step, expected_lr in enumerate(case.arrays["base_lr"]):
         lr = learning_rate(step, **arguments)
@@ -321,7 +320,7 @@ def check_sgd(case: Case) -> Iterator[Comparison]:
             wanted = case.arrays["grad_norm_preclip"][step]
             # A float32 sum of some thousand squares.
             yield compare(f"grad_norm_preclip[{step}]", norm, wanted, 2e-6, relative=True)
-        set_rates(optimizer, lr)
+        set_learning_rate(optimizer, lr)
         optimizer.step()
         for name, leaf in leaves.items():
             wanted = case.arrays[f"param{step + 1}/{name}"]

@@ -6,12 +6,12 @@ import torch
 from avmae_fast.config import AudioConfig, StackConfig, VideoConfig
 from avmae_fast.finetune_config import ClassifierConfig
 from avmae_fast.models import Classifier
+from avmae_fast.train.optim import set_learning_rate
 from avmae_fast.train.sgd import (
+    ReleasedSGD,
     clip_to_norm,
     layer_id,
     layerwise_groups,
-    released_sgd,
-    set_rates,
 )
 
 CONFIG = ClassifierConfig(
@@ -61,10 +61,10 @@ def test_frozen_parameters_are_in_no_group() -> None:
 
 def test_two_steps_by_hand() -> None:
     weight = torch.nn.Parameter(torch.tensor([2.0]))
-    optimizer = released_sgd([{"params": [weight], "lr_scale": 0.5}], momentum=0.9)
+    optimizer = ReleasedSGD([{"params": [weight], "lr_scale": 0.5}], momentum=0.9)
     for gradient in (1.0, 3.0):
         weight.grad = torch.tensor([gradient])
-        set_rates(optimizer, 0.1)
+        set_learning_rate(optimizer, 0.1)
         optimizer.step()
     # The buffer is 1, then 0.9 * 1 + 3.
     torch.testing.assert_close(weight.detach(), torch.tensor([2.0 - 0.05 * 1.0 - 0.05 * 3.9]))
