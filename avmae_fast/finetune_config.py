@@ -202,8 +202,8 @@ class ClassifierConfig:
 class RecipeConfig:
     """What fine-tuning starts from, and what it does to clips and weights besides `TrainConfig`.
 
-    init: the folder of a pretraining run, of an encoder or of a checkpoint, or a weights file beside
-        which its configuration lies; None starts from scratch.
+    init: the folder of a pretraining run, of an encoder or of a checkpoint, or a weights file
+        beside which its configuration lies; None starts from scratch.
     norms, fresh, leave, interpolate_positions: see `avmae_fast.interop.transfer.transfer`.
     loss: `softmax` where a clip has one class of each head, `sigmoid` where it has any number.
     optimizer: `sgd` with `momentum` as released; or `adamw`, to which `train.betas`, `train.eps`

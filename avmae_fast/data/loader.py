@@ -51,8 +51,9 @@ class Batch:
     waveform: int16 [B, S], mono 16 kHz, S samples making audio.frames rows; None without audio.
     keys: int64 [B], the position of each sample; masks are drawn by it.
     labels: int64 [B], -1 where the manifest gives none, or several.
-    records: int64 [B], the numbers in the manifest of what the samples were really cut from.
     has_audio: bool [B]; false where silence stands in for a missing track.
+    records: int64 [B], the numbers in the manifest of what the samples were really cut from; empty
+        where they come from no manifest.
     substituted: the files that could not be read, in the order in which they were tried.
 
     `video` and `waveform` look into memory that is used again when the last tensor that shares it
@@ -63,8 +64,8 @@ class Batch:
     waveform: Tensor | None
     keys: Tensor
     labels: Tensor
-    records: Tensor
     has_audio: Tensor
+    records: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     substituted: tuple[Substitution, ...] = ()
 
     def __len__(self) -> int:
@@ -274,8 +275,8 @@ class ClipLoader:
             waveform=waveform if layout.samples else None,
             keys=torch.arange(filling.first, filling.first + count),
             labels=labels,
-            records=records,
             has_audio=has_audio,
+            records=records,
             substituted=substituted,
         )
 

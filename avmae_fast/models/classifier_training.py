@@ -57,9 +57,7 @@ class TrainedClassifier(Classifier):
         predicted = super().forward(video, audio, drop=drop)
         return self.losses(predicted.by_modality, labels)
 
-    def losses(
-        self, logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]
-    ) -> Classification:
+    def losses(self, logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Classification:
         """The losses of logits [B, C] by name."""
         recipe, heads = self._recipe, self.config.heads
         losses = {

@@ -126,8 +126,8 @@ def _head(batch: Batch, samples: int) -> Batch:
         waveform=None if batch.waveform is None else batch.waveform[:samples],
         keys=batch.keys[:samples],
         labels=batch.labels[:samples],
-        records=batch.records[:samples],
         has_audio=batch.has_audio[:samples],
+        records=batch.records[:samples],
     )
 
 

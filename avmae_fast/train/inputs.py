@@ -81,7 +81,10 @@ class InputStage(Stage):
         for m, spec in self._specs.items():
             masks = sample_masks(spec, batch.keys.numpy(), seed=seed, modality=m)
             inputs["masks"][m] = TokenMask.from_numpy(masks, self.device)
-        sources = {"video": self._video(batch), "audio": self._audio(batch, self.config.model.audio)}
+        sources = {
+            "video": self._video(batch),
+            "audio": self._audio(batch, self.config.model.audio),
+        }
         return inputs | {name: x for name, x in sources.items() if x is not None}
 
 

@@ -18,11 +18,11 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
-from avmae_fast.config import Config
+from avmae_fast.config import Run
 from avmae_fast.config_file import to_dict
 from avmae_fast.data.loader import Batch
 from avmae_fast.train.distributed import World
-from avmae_fast.train.flops import clip_flops, peak_flops
+from avmae_fast.train.flops import peak_flops
 from avmae_fast.train.lines import append_lines
 from avmae_fast.train.run_folder import (
     METRICS,
@@ -40,22 +40,24 @@ class Metrics:
         steps: where the run ends.
         point: where it is resumed; what the earlier run wrote beyond it is dropped.
         device: what it runs on.
+        clip_flops: operations of one training step for one clip.
         world: of several processes, the one that writes; the others write their bad samples only.
     """
 
     def __init__(
         self,
-        config: Config,
+        config: Run,
         steps: int,
         point: ResumePoint | None,
         device: torch.device,
         world: World,
+        clip_flops: int,
     ) -> None:
         self._writes = world.writes
         # Files of a process each: appending to one from several machines would mix up lines.
         self._bad_samples = config.train.out / bad_samples_of(world.rank)
         peak = peak_flops(device)
-        self._mfu_of_one = None if peak is None else clip_flops(config.model) / peak
+        self._mfu_of_one = None if peak is None else clip_flops / peak
         self._batch = config.train.batch
         self._folder = config.train.out
         state: dict[str, Any] = {"sums": {}, "count": 0, "time_s": 0.0}
@@ -174,7 +176,7 @@ class Metrics:
         tqdm.write(text)
 
 
-def _start_wandb(config: Config) -> Any:
+def _start_wandb(config: Run) -> Any:
     """A run of Weights & Biases; one that is resumed goes on under its name."""
     import wandb
 

@@ -8,10 +8,13 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from avmae_fast.config import Config
+import torch
+from torch import Tensor
+
+from avmae_fast.config import Config, Run, TrainConfig
 from avmae_fast.config_file import to_dict
 from avmae_fast.data.loader import ClipLoader
-from avmae_fast.data.manifest import ManifestError
+from avmae_fast.data.manifest import Manifest, ManifestError
 from avmae_fast.models import AudiovisualMAE
 from avmae_fast.train.checkpoint import (
     begin_checkpoint,
@@ -23,8 +26,9 @@ from avmae_fast.train.checkpoint import (
 )
 from avmae_fast.train.distributed import World, distribute, on_first, process_group
 from avmae_fast.train.export import export_encoder
+from avmae_fast.train.flops import clip_flops
 from avmae_fast.train.guard import Guard, NonFiniteError
-from avmae_fast.train.inputs import InputStage
+from avmae_fast.train.inputs import InputStage, Stage
 from avmae_fast.train.memory_advice import memory_advice
 from avmae_fast.train.metrics import Metrics
 from avmae_fast.train.optim import ReleasedAdamW, learning_rate, parameter_groups
@@ -60,6 +64,7 @@ from avmae_fast.train.run_folder import (
 from avmae_fast.train.snapshot import Snapshot, whole_weights
 from avmae_fast.train.step import TrainStep
 from avmae_fast.train.stop import STOPPED, StopRequest
+from avmae_fast.train.task import Model, Task
 from avmae_fast.train.validate import validate
 
 logger = logging.getLogger(__name__)
@@ -85,13 +90,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Run:
-    config: Config
+    task: Task
     world: World
     schedule: Schedule
-    model: AudiovisualMAE
+    model: Model
     step: TrainStep
-    stage: InputStage
-    autocast: Autocast
+    stage: Stage
+
+    @property
+    def config(self) -> Run:
+        return self.task.config
 
 
 def pretrain(
@@ -114,78 +122,129 @@ def pretrain(
         ConfigError, ManifestError, RunFolderError, CheckpointError: before anything is written.
         TooManyBadFiles, NonFiniteError, OutputError: while training; checkpoints stay as they are.
     """
-    train, world = config.train, World.of_environment()
-    require_wandb(train)
-    world.require_batch(train)
-    set_determinism(train)
-    device = choose_device(train, world)
-    stage, autocast = InputStage(config, device), choose_autocast(train, device)
-    # The folder is this run's until the report is written; the processes part before.
-    with ExitStack() as folder:
-        with process_group(world, device):
-            step, exit_code = _run_steps(
-                config, world, stage, autocast, resume, restart, profile, folder
-            )
-            # Sharded weights hold on to the group.
-            gc.collect()
-        if exit_code is not None or not world.writes:
-            return Outcome(step, exit_code, None)
-        model = build_model(config, device)
-        last = checkpoints_of(config) / f"step-{step:08d}"
-        model.load_state_dict(load_weights(last, train.sharded_checkpoints))
-        export_encoder(model, config, train.out, {"step": step, "versions": versions()})
-        return Outcome(step, None, _report(config, model, stage, autocast))
+    world = World.of_environment()
+    task = _Pretraining(config, prepare(config.train, world))
+    return run_task(task, world, resume=resume, restart=restart, profile=profile)
 
 
-def _run_steps(
-    config: Config,
-    world: World,
-    stage: InputStage,
-    autocast: Autocast,
-    resume: bool,
-    restart: bool,
-    profile: tuple[int, int] | None,
-    folder: ExitStack,
-) -> tuple[int, int | None]:
-    """Train; the steps done and, if asked to stop, the exit code. `folder` keeps the run's lock."""
-    train, device = config.train, stage.device
-    point = on_first(world, lambda: find_resume_point(config, resume, restart))
-    samples = point.samples if point else 0
-    excluded = on_first(world, lambda: files_to_exclude(train.out, samples))
-    part = {"rank": world.rank, "world": world.size}
-    with ExitStack() as stack:
-        clips = stack.enter_context(ClipLoader(config, "train", samples, excluded=excluded, **part))
-        schedule = Schedule.of(train, len(clips.manifest))
-        held_out = _held_out_clips(config)
-        if held_out is not None:
-            stack.enter_context(held_out)
-        check_kernels(config.model, device, autocast, config.data.pixels == "yuv420")
-        model = build_model(config, device)
-        size = checkpoint_bytes(model)
-        called = distribute(model, world, train.parallel)
-        optimizer = ReleasedAdamW(
+class _Pretraining(Task):
+    def __init__(self, config: Config, device: torch.device) -> None:
+        super().__init__(config, device)
+        self._config = config
+        self._stage = InputStage(config, device)
+
+    @property
+    def clip_flops(self) -> int:
+        return clip_flops(self._config.model)
+
+    def stage(self, manifest: Manifest) -> Stage:
+        return self._stage
+
+    def build(self, resumed: bool) -> AudiovisualMAE:
+        planes = self.config.data.pixels == "yuv420"
+        check_kernels(self._config.model, self.device, self.autocast, planes)
+        return build_model(self._config, self.device)
+
+    def optimizer(self, model: Model) -> ReleasedAdamW:
+        train = self.config.train
+        return ReleasedAdamW(
             parameter_groups(model),
             betas=train.betas,
             eps=train.eps,
             weight_decay=train.weight_decay,
             capturable=train.cuda_graph,
         )
+
+    def opened(self) -> None:
+        pass
+
+    def validate(self, model: Model, held_out: ClipLoader, metrics: Metrics, step: int) -> None:
+        assert isinstance(model, AudiovisualMAE)
+        validate(model, held_out, self._stage, self.autocast, metrics, step)
+
+    def finish(self, weights: dict[str, Tensor], step: int) -> Path:
+        model = build_model(self._config, self.device)
+        model.load_state_dict(weights)
+        out = self.config.train.out
+        export_encoder(model, self._config, out, {"step": step, "versions": versions()})
+        return _report(self._config, model, self._stage, self.autocast)
+
+
+def prepare(train: TrainConfig, world: World) -> torch.device:
+    """See that a run can be made as configured; returns the device of this process."""
+    require_wandb(train)
+    world.require_batch(train)
+    set_determinism(train)
+    return choose_device(train, world)
+
+
+def run_task(
+    task: Task,
+    world: World,
+    *,
+    resume: bool = False,
+    restart: bool = False,
+    profile: tuple[int, int] | None = None,
+) -> Outcome:
+    """Do a run, whatever it trains for; arguments and errors as those of `pretrain`."""
+    # The folder is this run's until the report is written; the processes part before.
+    with ExitStack() as folder:
+        with process_group(world, task.device):
+            step, exit_code = _run_steps(task, world, resume, restart, profile, folder)
+            # Sharded weights hold on to the group.
+            gc.collect()
+        if exit_code is not None or not world.writes:
+            return Outcome(step, exit_code, None)
+        last = checkpoints_of(task.config) / f"step-{step:08d}"
+        weights = load_weights(last, task.config.train.sharded_checkpoints)
+        return Outcome(step, None, task.finish(weights, step))
+
+
+def _run_steps(
+    task: Task,
+    world: World,
+    resume: bool,
+    restart: bool,
+    profile: tuple[int, int] | None,
+    folder: ExitStack,
+) -> tuple[int, int | None]:
+    """Train; the steps done and, if asked to stop, the exit code. `folder` keeps the run's lock."""
+    config, device = task.config, task.device
+    train = config.train
+    point = on_first(world, lambda: find_resume_point(config, resume, restart))
+    samples = point.samples if point else 0
+    excluded = on_first(world, lambda: files_to_exclude(train.out, samples))
+    part = {"rank": world.rank, "world": world.size}
+    with ExitStack() as stack:
+        clips = stack.enter_context(
+            ClipLoader(task.training_input, "train", samples, excluded=excluded, **part)
+        )
+        stage = task.stage(clips.manifest)
+        schedule = Schedule.of(train, len(clips.manifest))
+        held_out = _held_out_clips(config)
+        if held_out is not None:
+            stack.enter_context(held_out)
+        model = task.build(resumed=point is not None)
+        size = checkpoint_bytes(model)
+        called = distribute(model, world, train.parallel)
+        optimizer = task.optimizer(model)
         step_type = choose_step(train, device, world)
         train_step = step_type(
-            model, optimizer, autocast, train.accumulate, train.clip_grad, called
+            model, optimizer, task.autocast, train.accumulate, train.clip_grad, called
         )
         opened = open_run(config, point, restart, size)
         on_first(world, lambda: folder.enter_context(opened))
         if world.writes:
             folder.enter_context(outputs(train.out))
+            task.opened()
             if world.size > 1:
                 print(world.arithmetic(train))
         if point is not None:
             restore_checkpoint(point.path, model, optimizer, train.sharded_checkpoints)
-        run = _Run(config, world, schedule, model, train_step, stage, autocast)
+        run = _Run(task, world, schedule, model, train_step, stage)
         step = point.step if point else 0
         if step >= schedule.steps:
-            logger.warning("this run is done: only its encoder and report are written anew")
+            logger.warning("this run is done: only what it leaves behind is written anew")
             return step, None
         profiler = Profiler(train.out / PROFILE, profile if world.writes else None)
         with memory_advice(train, model, device), profiler:
@@ -218,7 +277,7 @@ def _report(config: Config, model: AudiovisualMAE, stage: InputStage, autocast: 
         return write_report(config, model, stage, autocast, clips, held_out)
 
 
-def _held_out_clips(config: Config) -> ClipLoader | None:
+def _held_out_clips(config: Run) -> ClipLoader | None:
     try:
         return ClipLoader(config, "val")
     except ManifestError:
@@ -241,7 +300,8 @@ def _train(
     saved = point.state.get("guard") if point else None
     log = train.out / EVENTS if world.writes else None
     guard = Guard(log, run.step.names, train.batch, saved)
-    metrics = Metrics(run.config, schedule.steps, point, run.stage.device, world)
+    device, flops = run.stage.device, run.task.clip_flops
+    metrics = Metrics(run.config, schedule.steps, point, device, world, flops)
     with metrics, StopRequest() as stop:
         inputs, readback = run.stage.ahead(metrics.watch(iter(clips))), Readback()
         while step < schedule.steps:
@@ -275,7 +335,7 @@ def _train(
 def _validate(run: _Run, held_out: ClipLoader, metrics: Metrics, step: int) -> None:
     """On every process where the model is in parts, else on the one that writes."""
     if run.world.writes or run.config.train.parallel == "fsdp2":
-        validate(run.model, held_out, run.stage, run.autocast, metrics, step)
+        run.task.validate(run.model, held_out, metrics, step)
 
 
 def _note(run: _Run, guard: Guard, metrics: Metrics, reads: Iterable[Read]) -> bool:

@@ -5,7 +5,9 @@ checkpoints/           see avmae_fast.train.checkpoint
 metrics.jsonl, validation.jsonl, events.jsonl, bad_samples.jsonl, tensorboard/
 failed/                weights and samples of a step that stopped a run, see avmae_fast.train.replay
 run.lock               see avmae_fast.train.lock
-encoder/, report/      written at the end
+encoder/, report/      written at the end of pretraining
+transfer.txt           what fine-tuning took over, see avmae_fast.interop.transfer_report
+classifier/, evaluation/   written at the end of fine-tuning
 """
 
 import errno
@@ -24,9 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from avmae_fast.config import Config
-from avmae_fast.config_file import differing_fields, from_dict, to_dict
+from avmae_fast.config import Config, Run
+from avmae_fast.config_file import differing_fields, finetune_from_dict, from_dict, to_dict
 from avmae_fast.data.clip import ErrorKind
+from avmae_fast.finetune_config import FinetuneConfig
 from avmae_fast.train.checkpoint import (
     CheckpointError,
     Refused,
@@ -49,6 +52,9 @@ TENSORBOARD = "tensorboard"
 PROFILE = "profile"
 REPORT = "report"
 FAILED = "failed"
+CLASSIFIER = "classifier"
+TRANSFER = "transfer.txt"
+EVALUATION = "evaluation"
 _CHECKPOINTS = "checkpoints"
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 RUN = "run.json"
@@ -63,6 +69,9 @@ _CONTENTS = (
     EVENTS,
     FAILED,
     ENCODER,
+    CLASSIFIER,
+    TRANSFER,
+    EVALUATION,
     RUN,
 )
 
@@ -115,12 +124,12 @@ class ResumePoint:
         return self.state["samples"]
 
 
-def checkpoints_of(config: Config) -> Path:
+def checkpoints_of(config: Run) -> Path:
     """Where a run keeps its checkpoints."""
     return config.train.out / _CHECKPOINTS
 
 
-def find_resume_point(config: Config, resume: bool, restart: bool) -> ResumePoint | None:
+def find_resume_point(config: Run, resume: bool, restart: bool) -> ResumePoint | None:
     """Where the run goes on from, None for its beginning. Writes nothing.
 
     Args:
@@ -160,7 +169,7 @@ def find_resume_point(config: Config, resume: bool, restart: bool) -> ResumePoin
 
 @contextmanager
 def open_run(
-    config: Config, point: ResumePoint | None, restart: bool, checkpoint_bytes: int
+    config: Run, point: ResumePoint | None, restart: bool, checkpoint_bytes: int
 ) -> Iterator[None]:
     """Make the folder, or take over the one that is there, and write down the configuration.
 
@@ -221,7 +230,7 @@ def _cut_back(out: Path, point: ResumePoint | None) -> None:
         cut_lines(path, "position", samples - 1)
 
 
-def _write_down(config: Config, point: ResumePoint | None) -> None:
+def _write_down(config: Run, point: ResumePoint | None) -> None:
     out = config.train.out
     partial = out / f".partial-{RUN}"
     record = {"config": to_dict(config), "versions": versions()}
@@ -233,13 +242,26 @@ def _write_down(config: Config, point: ResumePoint | None) -> None:
 
 
 def read_run(out: Path) -> Config:
+    """The configuration a pretraining run was last started with.
+
+    Raises:
+        RunFolderError: there is no such run in the folder.
+    """
+    config = read_any_run(out)
+    if isinstance(config, FinetuneConfig):
+        raise RunFolderError(f"{str(out)!r} holds a fine-tuning run, a pretraining run is wanted")
+    return config
+
+
+def read_any_run(out: Path) -> Config | FinetuneConfig:
     """The configuration a run was last started with.
 
     Raises:
         RunFolderError: there is no run in the folder.
     """
     try:
-        return from_dict(json.loads((out / RUN).read_text())["config"])
+        table = json.loads((out / RUN).read_text())["config"]
+        return finetune_from_dict(table) if "finetune" in table else from_dict(table)
     except (OSError, ValueError, KeyError) as error:
         raise RunFolderError(f"{str(out)!r} is not the folder of a run: no {RUN} in it") from error
 
@@ -290,7 +312,7 @@ def package_version() -> str:
         return "unknown"
 
 
-def _require_same_model(config: Config, state: dict[str, Any], path: Path) -> None:
+def _require_same_model(config: Run, state: dict[str, Any], path: Path) -> None:
     wrote, asked = state["config"], to_dict(config)
     differ = differing_fields(wrote["model"], asked["model"], "model.")
     if differ:
@@ -300,8 +322,9 @@ def _require_same_model(config: Config, state: dict[str, Any], path: Path) -> No
         )
     changed = [
         field
-        for section in ("data", "train")
-        for field in differing_fields(wrote[section], asked[section], f"{section}.")
+        for section in asked
+        if section != "model"
+        for field in differing_fields(wrote.get(section, {}), asked[section], f"{section}.")
     ]
     if changed:
         logger.warning("resuming with other settings than before: %s", "; ".join(changed))
