@@ -6,9 +6,10 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from avmae_fast import cli_data, cli_manifest, cli_run
+from avmae_fast import cli_data, cli_downstream, cli_manifest, cli_run
 from avmae_fast.cli_bench import add_bench_data
 from avmae_fast.cli_convert import add_convert
 from avmae_fast.cli_doctor import add_doctor
@@ -36,10 +37,12 @@ _INPUT_ERRORS = {
     "avmae_fast.data.pack_clips": "PackError",
     "avmae_fast.data.workers": "LoaderFailed",
     "avmae_fast.interop.entries": "ConvertError",
+    "avmae_fast.interop.transfer": "TransferError",
     "avmae_fast.models.pretrained": "PretrainedError",
     "avmae_fast.train.checkpoint": "CheckpointError",
     "avmae_fast.train.lock": "LockedError",
     "avmae_fast.train.memory_advice": "OutOfMemory",
+    "avmae_fast.train.model_inputs": "NotFiniteOutput",
     "avmae_fast.train.run_folder": "RunFolderError",
     "builtins": "FileExistsError",
 }
@@ -70,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="avmae",
-        description="Pretrain masked audiovisual autoencoders on media files.",
+        description="Pretrain masked audiovisual autoencoders on media files, and fine-tune them.",
         epilog=_EXIT_CODES,
     )
     parser.add_argument("--version", action="version", version=f"avmae {_version()}")
@@ -80,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     add_convert(commands.add_parser("convert", help="convert weights of other code bases"))
     _add_probe(commands.add_parser("probe-files", help="say which media files can be read"))
     cli_run.add_commands(commands)
+    cli_downstream.add_commands(commands)
     add_bench_data(commands.add_parser("bench-data", help="say how fast media files can be loaded"))
     cli_data.add_commands(commands)
     cli_manifest.add_commands(commands)
@@ -129,6 +133,7 @@ def _add_synth(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, help="length of a clip (4)")
     parser.add_argument("--size", type=int, help="height and width in pixels (128)")
     parser.add_argument("--fps", type=int, help="frames a second (25)")
+    parser.add_argument("--distractors", type=int, help="misleading sounds in each clip (0)")
     parser.add_argument("--workers", type=int, help="processes (one for each processor)")
     parser.set_defaults(run=_synth)
 
@@ -151,12 +156,18 @@ def _pretrain(args: argparse.Namespace) -> int:
     # Read when torch loads its thread pool. Threads that spin while they wait make a CPU run ten
     # times slower as soon as another program wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from avmae_fast.train.guard import NonFiniteError
     from avmae_fast.train.pretrain import pretrain
+
+    return run_training(args, pretrain, config)
+
+
+def run_training(args: argparse.Namespace, train: Callable[..., Any], config: Any) -> int:
+    """Run `pretrain` or `finetune` as the options say; returns the program's exit code."""
+    from avmae_fast.train.guard import NonFiniteError
     from avmae_fast.train.run_folder import OutputError
 
     try:
-        outcome = pretrain(config, resume=args.resume, restart=args.restart, profile=args.profile)
+        outcome = train(config, resume=args.resume, restart=args.restart, profile=args.profile)
     except NonFiniteError as error:
         return _fail(error, _NOT_FINITE)
     except OutputError as error:
@@ -174,7 +185,7 @@ def _synth(args: argparse.Namespace) -> int:
     from avmae_fast.data.synth import synthesise
 
     options = dict(_SYNTH_PRESETS[args.preset]) if args.preset else {}
-    names = ("clips", "classes", "seed", "seconds", "size", "fps", "workers")
+    names = ("clips", "classes", "seed", "seconds", "size", "fps", "distractors", "workers")
     options |= {name: value for name in names if (value := getattr(args, name)) is not None}
     if "clips" not in options:
         return _fail("clips is not set: give --clips N, or --preset", _BAD_INPUT)

@@ -228,10 +228,12 @@ def _crop_into(
 def _hear_into(out: NDArray[np.int16], source: Source, spec: SampleSpec, first_sample: int) -> None:
     out[...] = 0
     if source.has_audio:
-        _fill(out, source, list(sound_spans(first_sample, out.size, source.length, spec.clip_end)))
+        fill_sound(
+            out, source, list(sound_spans(first_sample, out.size, source.length, spec.clip_end))
+        )
 
 
-def _fill(waveform: NDArray[np.int16], source: Source, spans: list[Span]) -> None:
+def fill_sound(waveform: NDArray[np.int16], source: Source, spans: list[Span]) -> None:
     """Piece the sound together; one read where the pieces lie close to each other."""
     first = min(span.source for span in spans)
     last = max(span.source + span.count for span in spans)

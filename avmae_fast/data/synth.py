@@ -10,6 +10,8 @@ its true time, louder when harder, lower when the body is larger. Out comes a fo
     synth.json              the parameters and their digest
     clips/clip-00000.mp4    H.264 and AAC
 
+With `distractors` the set is harder: see `synthesise`.
+
 Equal parameters give equal bytes on one machine, for any number of workers: every random number
 is keyed by (seed, clip index).
 """
@@ -31,7 +33,7 @@ import numpy as np
 
 from avmae_fast.data.synth_encode import write_mp4
 from avmae_fast.data.synth_render import make_room, render
-from avmae_fast.data.synth_scene import MAX_CLASSES, Scene, class_name, make_scene
+from avmae_fast.data.synth_scene import MAX_CLASSES, Scene, class_name, distracted, make_scene
 from avmae_fast.data.synth_sound import SAMPLE_RATE_HZ, make_sound
 
 # Raised whenever equal parameters would give other clips, so that sets are not mixed.
@@ -40,6 +42,10 @@ _VERSION = 1
 _SECONDS = (1.0, 60.0)
 _SIZES = (32, 1024)
 _FPS = (5, 120)
+_DISTRACTORS = (0, 16)
+
+# What a record that does not speak of a parameter means.
+_ABSENT = {"distractors": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +58,7 @@ class _Parameters:
     seconds: float
     size: int
     fps: int
+    distractors: int = 0
     version: int = _VERSION
 
     def __post_init__(self) -> None:
@@ -60,6 +67,7 @@ class _Parameters:
         _require_int("seed", self.seed, 0, None)
         _require_int("size", self.size, *_SIZES)
         _require_int("fps", self.fps, *_FPS)
+        _require_int("distractors", self.distractors, *_DISTRACTORS)
         if self.size % 2:
             raise ValueError(f"size = {self.size} is not valid: it must be even (4:2:0 colour)")
         low, high = _SECONDS
@@ -70,9 +78,16 @@ class _Parameters:
             )
         object.__setattr__(self, "seconds", float(self.seconds))  # 4 and 4.0 are one set
 
+    def recorded(self) -> dict[str, int | float]:
+        """All of it, as synth.json has it: sets without distractors do not speak of them."""
+        fields = asdict(self)
+        if not self.distractors:
+            del fields["distractors"]
+        return fields
+
     @property
     def digest(self) -> str:
-        text = json.dumps(asdict(self), sort_keys=True)
+        text = json.dumps(self.recorded(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -87,7 +102,10 @@ class _Parameters:
         return "val" if index // self.classes % 4 == 1 else "train"
 
     def scene(self, index: int) -> Scene:
-        return make_scene(self.seed, index, self.label(index), self.end_s)
+        scene = make_scene(self.seed, index, self.label(index), self.end_s)
+        if not self.distractors:
+            return scene
+        return distracted(scene, self.seed, index, self.end_s, self.distractors)
 
 
 def synthesise(
@@ -99,6 +117,7 @@ def synthesise(
     seconds: float = 4.0,
     size: int = 128,
     fps: int = 25,
+    distractors: int = 0,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
@@ -115,6 +134,9 @@ def synthesise(
         seconds: length of a clip, 1..60, rounded to whole frames.
         size: height and width in pixels, even, 32..1024.
         fps: frames a second, 5..120.
+        distractors: sounds from outside the picture in each clip, 0..16, none of them of the clip's
+            material. With any, colours no longer tell shapes apart, so that a class is known by the
+            form that is seen and by the material that is heard most.
         workers: processes; by default one for each processor this process may use. 1 works in
             this process. More need the caller's script to guard its entry point (they are spawned).
         progress: called with (clips done, clips) once at the start and after each clip.
@@ -124,7 +146,13 @@ def synthesise(
             or holds a set of other parameters. Nothing is written then.
     """
     parameters = _Parameters(
-        clips=clips, classes=classes, seed=seed, seconds=seconds, size=size, fps=fps
+        clips=clips,
+        classes=classes,
+        seed=seed,
+        seconds=seconds,
+        size=size,
+        fps=fps,
+        distractors=distractors,
     )
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
@@ -159,7 +187,7 @@ def _open_set(out: Path, parameters: _Parameters) -> None:
             )
         out.mkdir(parents=True, exist_ok=True)
         if not record.exists():
-            fields = {**asdict(parameters), "digest": parameters.digest}
+            fields = {**parameters.recorded(), "digest": parameters.digest}
             _write_text(record, json.dumps(fields, indent=2) + "\n")
         (out / "clips").mkdir(exist_ok=True)
     except OSError as error:
@@ -180,7 +208,7 @@ def _require_same(record: Path, parameters: _Parameters) -> None:
     differ = [
         f"{name} = {found.get(name)!r} there, {value!r} asked"
         for name, value in asdict(parameters).items()
-        if found.get(name) != value
+        if found.get(name, _ABSENT.get(name)) != value
     ]
     raise ValueError(
         f"out_dir = {str(record.parent)!r} holds a set of other parameters "
@@ -255,6 +283,10 @@ def _write_lists(out: Path, parameters: _Parameters) -> None:
 def _describe(parameters: _Parameters, index: int) -> dict[str, object]:
     """One line of scenes.jsonl: what is true of a clip. Lengths are in frame sides."""
     scene = parameters.scene(index)
+    distractors = [
+        {"time_s": other.time_s, "material": other.material.name, "loudness": other.loudness}
+        for other in scene.distractors
+    ]
     return {
         "path": _clip_path(index),
         "label": scene.label,
@@ -264,6 +296,7 @@ def _describe(parameters: _Parameters, index: int) -> dict[str, object]:
         "split": parameters.split(index),
         "bodies": [{"radius": body.radius, "hue": body.hue} for body in scene.bodies],
         "impacts": [asdict(impact) for impact in scene.impacts],
+        **({"distractors": distractors} if distractors else {}),
     }
 
 

@@ -9,7 +9,7 @@ every flight is a parabola and every impact time is exact.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -51,6 +51,8 @@ class Shape:
 
 
 REFERENCE_RADIUS = 0.16
+# About that of an impact after a fall through half the frame.
+REFERENCE_LOUDNESS = 0.3
 
 # Ratios: free-free bar (wood, steel), wine glass (glass), damped membrane (rubber).
 MATERIALS = (
@@ -98,6 +100,16 @@ class Body:
 
 
 @dataclass(frozen=True)
+class Distractor:
+    """An impact outside the picture, of some other material."""
+
+    time_s: float
+    material: Material
+    radius: float
+    loudness: float
+
+
+@dataclass(frozen=True)
 class Scene:
     """Everything that decides a clip's picture and sound, but for the surroundings of both."""
 
@@ -106,6 +118,7 @@ class Scene:
     shape: Shape
     bodies: tuple[Body, ...]
     impacts: tuple[Impact, ...]  # by time
+    distractors: tuple[Distractor, ...] = ()
 
 
 def class_of(label: int) -> tuple[Material, Shape]:
@@ -144,6 +157,22 @@ def make_scene(seed: int, index: int, label: int, seconds: float) -> Scene:
         impacts += [Impact(t, b, against, dv, gain * dv) for t, against, dv in hits]
     impacts.sort(key=lambda impact: impact.time_s)
     return Scene(label, material, shape, tuple(bodies), tuple(impacts))
+
+
+def distracted(scene: Scene, seed: int, index: int, seconds: float, count: int) -> Scene:
+    """The scene with `count` sounds from outside it, in colours that say nothing of its shape."""
+    rng = clip_rng(seed, index, "distractors")
+    turn = rng.uniform()
+    bodies = tuple(replace(body, hue=(body.hue + turn) % 1.0) for body in scene.bodies)
+    others = [material for material in MATERIALS if material is not scene.material]
+    sounds = []
+    for _ in range(count):
+        material = others[int(rng.integers(len(others)))]
+        loudness = 0.3 * 0.3 ** rng.uniform() * REFERENCE_LOUDNESS
+        sounds.append(
+            Distractor(rng.uniform(0, seconds), material, rng.uniform(0.13, 0.2), loudness)
+        )
+    return replace(scene, bodies=bodies, distractors=tuple(sounds))
 
 
 def _fly(

@@ -20,6 +20,10 @@ def make_sound(seed: int, index: int, scene: Scene, seconds: float) -> np.ndarra
         start = round(impact.time_s * SAMPLE_RATE_HZ)
         response = responses[impact.body][: len(sound) - start]
         sound[start : start + len(response)] += impact.loudness * response
+    for other in scene.distractors:
+        start = round(other.time_s * SAMPLE_RATE_HZ)
+        response = impact_response(other.material, other.radius, rng)[: len(sound) - start]
+        sound[start : start + len(response)] += other.loudness * response
     return (np.clip(sound, -1, 1) * 32767).astype(np.int16)
 
 

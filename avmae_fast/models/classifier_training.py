@@ -8,7 +8,7 @@ from torch import Tensor
 
 from avmae_fast.finetune_config import ClassifierConfig, RecipeConfig
 from avmae_fast.models.classification_loss import classification_loss
-from avmae_fast.models.classifier import Classifier
+from avmae_fast.models.classifier import Classifier, Prediction
 from avmae_fast.models.drop_path import DropPath
 
 
@@ -56,6 +56,10 @@ class TrainedClassifier(Classifier):
         """
         predicted = super().forward(video, audio, drop=drop)
         return self.losses(predicted.by_modality, labels)
+
+    def predict(self, video: Tensor | None = None, audio: Tensor | None = None) -> Prediction:
+        """What a `Classifier` of these weights says, in evaluation."""
+        return super().forward(video, audio)
 
     def losses(self, logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Classification:
         """The losses of logits [B, C] by name."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from avmae_fast.config import ConfigError, ModelConfig
 from avmae_fast.config_file import model_from_dict, to_dict
+from avmae_fast.finetune_config import ClassifierConfig
 
 CONFIG, WEIGHTS, LEFT_OUT = "config.json", "model.safetensors", "left_out.safetensors"
 
@@ -79,7 +80,7 @@ class Pretrained(nn.Module):
 def save_model(
     folder: Path | str,
     architecture: str,
-    config: ModelConfig,
+    config: ModelConfig | ClassifierConfig,
     weights: Mapping[str, Tensor],
     record: Mapping[str, Any] | None = None,
     left_out: Mapping[str, Tensor] | None = None,

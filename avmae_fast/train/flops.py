@@ -8,6 +8,7 @@ twice the forward pass. What is computed again to save memory does not count.
 import torch
 
 from avmae_fast.config import Modality, ModelConfig, StackConfig
+from avmae_fast.finetune_config import ClassifierConfig
 from avmae_kernels.masking import MaskSpec
 
 # Dense bf16 products a second, from the vendor's data sheets, by a part of the device's name. The
@@ -45,6 +46,26 @@ def clip_flops(config: ModelConfig) -> int:
         last = _block(config.decoder, queries, keys)
         total += (config.decoder.layers - 1) * _block(config.decoder, keys, keys) + last
     return 3 * total
+
+
+def classifier_flops(config: ClassifierConfig) -> int:
+    """Operations of one step of fine-tuning for one clip; stochastic depth counts as computed."""
+    tokens = {m: config.input(m).tokens + (config.pool != "mean") for m in config.modalities}
+    width, embedding = config.encoder.width, 0
+    for m, count in tokens.items():
+        embedding += _product(count, config.input(m).patch_dim, width)
+    blocks = 0
+    for layer in range(config.encoder.layers):
+        meets = len(tokens) > 1 and config.fusion != "late" and layer >= config.fusion_layer
+        extra = config.bottleneck_tokens if meets and config.fusion == "bottleneck" else 0
+        sequences = [(n + extra, n + extra) for n in tokens.values()]
+        if meets and config.fusion == "early":
+            sequences = [(sum(tokens.values()),) * 2]
+        elif meets and config.fusion == "cross":
+            sequences = [(n, sum(tokens.values())) for n in tokens.values()]
+        blocks += sum(_block(config.encoder, queries, keys) for queries, keys in sequences)
+    # A frozen encoder has no backward pass.
+    return (3 if config.head == "linear" else 1) * (embedding + blocks)
 
 
 def _product(rows: int, inner: int, columns: int) -> int:

@@ -141,7 +141,8 @@ class Metrics:
             return
         append_lines(self._folder / VALIDATION, [{"step": step, **values}])
         self._to_tensorboard("validation", values, step)
-        self._say(f"step {step}: validation " + _losses(values))
+        scores = [f", {n} {x:.4f}" for n, x in values.items() if not n.startswith("loss")]
+        self._say(f"step {step}: validation " + _losses(values) + "".join(scores))
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to go on with the same means and the same clock."""
@@ -199,4 +200,5 @@ def _losses(values: Mapping[str, float]) -> str:
     ]
     if "loss" not in values:
         return "no step was finite"
-    return f"loss {values['loss']:.4f} ({', '.join(parts)})"
+    listed = f" ({', '.join(parts)})" if parts else ""
+    return f"loss {values['loss']:.4f}{listed}"

@@ -7,7 +7,15 @@ from importlib.util import find_spec
 
 import torch
 
-from avmae_fast.config import Config, ConfigError, Modality, ModelConfig, TrainConfig
+from avmae_fast.config import (
+    Config,
+    ConfigError,
+    Modality,
+    ModelConfig,
+    TargetNorm,
+    TrainConfig,
+)
+from avmae_fast.finetune_config import ClassifierConfig
 from avmae_fast.models import AudiovisualMAE
 from avmae_fast.models.blocks import set_checkpoint
 from avmae_fast.train.distributed import World
@@ -140,7 +148,10 @@ def set_determinism(train: TrainConfig) -> None:
 
 
 def check_kernels(
-    model: ModelConfig, device: torch.device, autocast: Autocast, planes: bool = False
+    model: ModelConfig | ClassifierConfig,
+    device: torch.device,
+    autocast: Autocast,
+    planes: bool = False,
 ) -> None:
     """Try the kernels this model will run on this GPU; what fails is replaced, with a warning.
 
@@ -152,7 +163,10 @@ def check_kernels(
     with autocast():
         on = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if on else torch.float32
-    stacks = model.encoder, model.decoder
+    stacks = [model.encoder]
+    target_norm: TargetNorm = "none"
+    if isinstance(model, ModelConfig):
+        stacks, target_norm = [*stacks, model.decoder], model.target_norm
     use = Use(
         dtype,
         widths=sorted({stack.width for stack in stacks}),
@@ -161,7 +175,7 @@ def check_kernels(
         video_patch=None if model.video is None else model.video.tubelet,
         audio_patch=None if model.audio is None else model.audio.patch,
         gelu=model.gelu,
-        target_norm=model.target_norm,
+        target_norm=target_norm,
         planes=planes,
     )
     self_check(device, use)

@@ -129,6 +129,11 @@ def checkpoints_of(config: Run) -> Path:
     return config.train.out / _CHECKPOINTS
 
 
+def checkpoints_in(out: Path) -> Path:
+    """Where the run in a folder keeps its checkpoints."""
+    return out / _CHECKPOINTS
+
+
 def find_resume_point(config: Run, resume: bool, restart: bool) -> ResumePoint | None:
     """Where the run goes on from, None for its beginning. Writes nothing.
 
