@@ -71,7 +71,10 @@ def test_preset_is_the_released_recipe(data_set: str, size: str) -> None:
 
 
 def test_presets_are_these() -> None:
-    assert presets() == ["audioset-B", "audioset-L", "demo", "vggsound-B", "vggsound-L"]
+    pretraining = ["audioset-B", "audioset-L", "demo", "vggsound-B", "vggsound-L"]
+    sets = ("audioset", "vggsound", "epic")
+    tuning = [f"{name}-ft-{kind}" for name in sets for kind in ("av", "a", "v")]
+    assert presets() == sorted([*pretraining, *tuning])
 
 
 @pytest.mark.parametrize("name", ["audioset-B", "audioset-L", "demo", "vggsound-B", "vggsound-L"])

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avmae_fast.config import DataConfig, TrainConfig
+from avmae_fast.config import DataConfig, Modality, TrainConfig
 from avmae_fast.data.manifest import Manifest, ManifestError
 from avmae_fast.data.samples import SampleSpec
 from avmae_fast.data.views import ClipViews, read_views
@@ -71,7 +71,7 @@ class ClassifierReport:
     scored: int
     unlabelled: int
     unreadable: list[tuple[str, str]]
-    without: dict[str, int]
+    without: dict[Modality, int]
 
     def __str__(self) -> str:
         lines = [f"{self.scored} of {self.clips} clips, {self.views.count} views each"]
@@ -161,7 +161,7 @@ def evaluate_classifier(
     if clips is None:
         spec = SampleSpec.of(config)
         clips = views.read(manifest, spec, data.workers, data.timeout_s)
-    for batch in _batches(clips, train.batch):
+    for batch in batches(clips, train.batch):
         judged.add([clip for clip in batch if known[clip.record] or clip.problem])
     unreadable = [(str(manifest[i].path), reason) for i, reason in judged.unreadable.items()]
     if not judged.logits:
@@ -195,7 +195,7 @@ class _Judged:
         self.records: list[int] = []
         self.logits: list[Tensor] = []
         self.unreadable: dict[int, str] = {}
-        self.without: dict[str, int] = dict.fromkeys(tuned.config.model.modalities, 0)
+        self.without: dict[Modality, int] = dict.fromkeys(tuned.config.model.modalities, 0)
 
     def add(self, clips: list[ClipViews]) -> None:
         self.unreadable |= {clip.record: clip.problem for clip in clips if clip.problem}
@@ -224,7 +224,8 @@ def _kind(clip: ClipViews) -> tuple[bool, bool]:
     return clip.video is not None, clip.waveform is not None
 
 
-def _batches(clips: Iterable[ClipViews], size: int) -> Iterator[list[ClipViews]]:
+def batches(clips: Iterable[ClipViews], size: int) -> Iterator[list[ClipViews]]:
+    """Clips by `size` at a time."""
     batch: list[ClipViews] = []
     for clip in clips:
         batch.append(clip)

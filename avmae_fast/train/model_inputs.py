@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avmae_fast.config import AudioConfig
+from avmae_fast.config import AudioConfig, Modality
 from avmae_fast.data.views import ClipViews
 from avmae_kernels.logmel import log_mel
 
@@ -29,10 +29,10 @@ class NotFiniteOutput(ArithmeticError):
 
 def tensors_of(
     clips: Sequence[ClipViews], audio: AudioConfig | None, device: torch.device
-) -> dict[str, Tensor]:
+) -> dict[Modality, Tensor]:
     """Views of clips that all have the same tracks, side by side: video uint8 [n * V, T, H, W, 3],
     audio standardised log-mel [n * V, frames, mel_bins]."""
-    inputs = {}
+    inputs: dict[Modality, Tensor] = {}
     pictures = [clip.video for clip in clips if clip.video is not None]
     sounds = [clip.waveform for clip in clips if clip.waveform is not None]
     if pictures:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from avmae_fast.config import Config
-from avmae_fast.config_file import from_dict
+from avmae_fast.config_file import finetune_from_dict, from_dict, to_dict
 from avmae_fast.data.synth import synthesise
+from avmae_fast.finetune_config import FinetuneConfig
 
 # Twelve clips of three classes: nine to train on, three held out.
 CLIPS, CLASSES = 12, 3
@@ -61,6 +62,33 @@ def make_config(clips: Path, tmp_path: Path) -> Callable[..., Config]:
                     "tensorboard": False,
                     **(train or {}),
                 },
+            }
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_finetune(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> Callable[..., FinetuneConfig]:
+    """Builds a tiny fine-tuning run of the model that `make_config` pretrains."""
+
+    def make(
+        train: dict | None = None,
+        data: dict | None = None,
+        model: dict | None = None,
+        finetune: dict | None = None,
+    ) -> FinetuneConfig:
+        pretraining = to_dict(make_config())
+        inputs = {m: pretraining["model"][m] for m in ("encoder", "video", "audio")}
+        tuned = {"out": str(tmp_path / "tuned"), "base_lr": 3.2, "clip_grad": 1.0}
+        return finetune_from_dict(
+            {
+                "model": {**inputs, "classes": 3, "fusion_layer": 1, **(model or {})},
+                "data": {**pretraining["data"], "short_side": 24, **(data or {})},
+                "train": {**pretraining["train"], **tuned, **(train or {})},
+                "finetune": {"temporal_views": 2, **(finetune or {})},
             }
         )
 
