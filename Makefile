@@ -6,12 +6,14 @@ DEMO ?= demo
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-slow docs gpu lint format install clean
+.PHONY: help demo downstream ablation test test-slow docs gpu lint format install clean
 
 help:
 	@echo "make demo    make synthetic clips, pretrain on them for some minutes, write a report"
 	@echo "make test    run the tests"
 	@echo "make docs    build the documentation into build/docs"
+	@echo "make downstream   pretrain, fine-tune with sound, video and both, and print a table (15 minutes)"
+	@echo "make ablation     fusion and objective of pretraining compared (an hour)"
 	@echo "make gpu     test the kernels on this machine's GPU, then measure; STAGE=tests: test alone"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove the virtual environment, build products and the demo's files"
@@ -32,6 +34,14 @@ install: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/avmae synth $(DEMO)/clips --preset demo
 	$(BIN)/avmae pretrain demo --set data.manifest=$(DEMO)/clips/manifest.csv --set train.out=$(DEMO)/run --restart $(DEMO_ARGS)
+
+downstream: $(STAMP)
+	mkdir -p downstream
+	$(BIN)/python -m benchmarks.downstream --folder downstream $(DOWNSTREAM_ARGS)
+
+ablation: $(STAMP)
+	mkdir -p downstream
+	$(BIN)/python -m benchmarks.ablation --folder downstream $(DOWNSTREAM_ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(TEST_ARGS)
@@ -62,4 +72,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(DEMO) build *.egg-info kernels/avmae_kernels/_C*.so
+	rm -rf $(VENV) $(DEMO) downstream build *.egg-info kernels/avmae_kernels/_C*.so

@@ -12,6 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ablation import rows as ablation_rows
+from benchmarks.downstream import rows as downstream_rows
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 NOT_MEASURED = "not measured"
@@ -84,9 +87,40 @@ def data_table(result: Result | None) -> str:
     return f"{text}\n\nProcessor time {_where(result)}{busy}."
 
 
+def downstream_table(result: Result | None) -> str:
+    if result is None:
+        return table([("accuracy, %",), (NOT_MEASURED,)])
+    cells = [(row[0] or "accuracy, %", *row[1:]) for row in downstream_rows(result)]
+    text = (
+        f"{result['classes']} classes, chance {result['chance']:.1%}, {result['test_clips']} "
+        f"held-out clips, {result['seeds']} seeds, mean ± standard deviation; pretrained once, "
+        f"{result['pretraining_steps']:,} steps on {result['pretraining_clips']} clips without "
+        f"labels; all of it took {result['minutes']:.0f} minutes "
+    )
+    return f"{table(cells)}\n\n{text}{_where(result)}{_load(result)}."
+
+
+def ablation_table(result: Result | None) -> str:
+    if result is None:
+        return table([("fusion",), (NOT_MEASURED,)])
+    text = (
+        f"Accuracy in %, audio and video, {result['labels']} labels a class, {result['seeds']} "
+        f"seeds; {result['pretraining_steps']:,} steps of pretraining each; "
+    )
+    return f"{table(list(ablation_rows(result)))}\n\n{text}{_where(result)}{_load(result)}."
+
+
+def _load(result: Result) -> str:
+    """That others used the machine, where a result says so."""
+    load = result.get("load")
+    return "" if load is None else f"; load of the machine {load:.1f}"
+
+
 TABLES: dict[str, Callable[[Result | None], str]] = {
     "demo": demo_table,
     "masking": masking_table,
+    "downstream": downstream_table,
+    "ablation": ablation_table,
     "data": data_table,
 }
 
