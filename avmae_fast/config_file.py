@@ -94,6 +94,8 @@ def _with_absolute_paths(config: RunT) -> RunT:
 def from_dict(table: Mapping[str, Any]) -> Config:
     """The configuration that nested tables hold, as a TOML file or `to_dict` gives them."""
     expanded = dict(table)
+    if "finetune" in expanded:
+        raise ConfigError("[finetune] belongs to a fine-tuning run: use avmae finetune")
     if isinstance(expanded.get("model"), Mapping):
         expanded["model"] = _expand_model(expanded["model"])
     return _build(Config, expanded, "")
@@ -102,6 +104,8 @@ def from_dict(table: Mapping[str, Any]) -> Config:
 def finetune_from_dict(table: Mapping[str, Any]) -> FinetuneConfig:
     """The fine-tuning run that nested tables hold."""
     expanded = dict(table)
+    if "finetune" not in expanded:
+        raise ConfigError("there is no table [finetune]: a fine-tuning run has one")
     if isinstance(expanded.get("model"), Mapping):
         expanded["model"] = _expand_classifier(expanded["model"])
     return _build(FinetuneConfig, expanded, "")

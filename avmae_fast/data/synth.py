@@ -205,10 +205,11 @@ def _require_same(record: Path, parameters: _Parameters) -> None:
         raise ValueError(f"{record} is damaged: delete its folder to make the set anew") from error
     if digest == parameters.digest:
         return
+    found = {**_ABSENT, **found}
     differ = [
         f"{name} = {found.get(name)!r} there, {value!r} asked"
         for name, value in asdict(parameters).items()
-        if found.get(name, _ABSENT.get(name)) != value
+        if found.get(name) != value
     ]
     raise ValueError(
         f"out_dir = {str(record.parent)!r} holds a set of other parameters "

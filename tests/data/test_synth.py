@@ -20,6 +20,7 @@ from avmae_fast.data.synth_scene import (
     Body,
     class_name,
     class_of,
+    distracted,
     make_scene,
 )
 from avmae_fast.data.synth_sound import SAMPLE_RATE_HZ, impact_response, make_sound
@@ -466,3 +467,31 @@ def test_rejects_a_damaged_record(tmp_path):
     (tmp_path / "synth.json").write_text("{")
     with pytest.raises(ValueError, match=r"synth\.json is damaged"):
         synthesise(tmp_path, **SMALL)
+
+
+def test_distractors_mislead(tmp_path):
+    """Other materials are heard from outside, colours differ, and nothing else does."""
+    plain, hard = make_scene(3, 1, 1, 1.2), distracted(make_scene(3, 1, 1, 1.2), 3, 1, 1.2, 4)
+    assert len(hard.distractors) == 4
+    assert all(other.material is not hard.material for other in hard.distractors)
+    assert hard.impacts == plain.impacts
+    assert [body.radius for body in hard.bodies] == [body.radius for body in plain.bodies]
+    assert hard.bodies[0].hue != plain.bodies[0].hue
+    sounds = [make_sound(3, 1, scene, 1.2).astype(int) for scene in (plain, hard)]
+    assert np.abs(sounds[1] - sounds[0]).max() > 300  # 1% of full scale
+    # The same room noise and the same impacts lie under them.
+    first = min(round(other.time_s * SAMPLE_RATE_HZ) for other in hard.distractors)
+    assert (sounds[0][:first] == sounds[1][:first]).all()
+
+
+def test_distractors_make_another_set(small_set, tmp_path):
+    """Records of sets without them do not change; a set with them is another one."""
+    assert "distractors" not in json.loads((small_set / "synth.json").read_text())
+    hard = tmp_path / "hard"
+    synthesise(hard, **SMALL, distractors=2)
+    assert json.loads((hard / "synth.json").read_text())["distractors"] == 2
+    assert len(_scenes(hard)[0]["distractors"]) == 2
+    with pytest.raises(ValueError, match="distractors = 0 there, 2 asked"):
+        synthesise(small_set, **SMALL, distractors=2)
+    with pytest.raises(ValueError, match="distractors = 17 is not valid: .* 0..16"):
+        synthesise(tmp_path / "other", **SMALL, distractors=17)

@@ -302,3 +302,56 @@ def test_the_record_of_a_run_says_all(make_finetune: MakeFinetune) -> None:
     record = json.loads((config.train.out / "run.json").read_text())["config"]
     assert record["finetune"]["temporal_views"] == 2 and record["model"]["classes"] == 3
     assert "from scratch" in (config.train.out / "transfer.txt").read_text()
+
+
+def test_clips_of_one_track_in_a_run_of_both(
+    make_finetune: MakeFinetune, clips: Path, tmp_path: Path
+) -> None:
+    """Without sound: another clip stands in, with its own label, or silence, as asked for."""
+    import av
+
+    whole = clips.parent / "clips/clip-00000.mp4"
+    mute = tmp_path / "mute.mp4"
+    with av.open(str(whole)) as source, av.open(str(mute), "w") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.dts is not None:
+                packet.stream = copy
+                target.mux(packet)
+    rows = [(mute, 0), *((clips.parent / f"clips/clip-0000{i}.mp4", i) for i in (1, 2))]
+    manifest = tmp_path / "some.csv"
+    manifest.write_text("path,label\n" + "\n".join(f"{path},{label}" for path, label in rows))
+    for missing, bad in (("substitute", {"no_audio"}), ("silence", set())):
+        data = {"manifest": str(manifest), "missing_audio": missing, "max_bad_fraction": 1.0}
+        config = make_finetune({"steps": 3, "batch": 3}, data)
+        finetune(config, restart=True)
+        path = config.train.out / "bad_samples.jsonl"
+        assert {line["kind"] for line in read_lines(path)} == bad
+
+
+def test_a_substitute_brings_its_own_label(make_finetune: MakeFinetune, tmp_path: Path) -> None:
+    from avmae_fast.data.loader import ClipLoader
+    from avmae_fast.train.finetune_inputs import FinetuneStage
+    from avmae_fast.train.targets import Targets
+
+    config = make_finetune()
+    good = [record for record in ClipLoader(config, "train").manifest if record.label == 1][0]
+    manifest = tmp_path / "some.csv"
+    manifest.write_text(f"path,label\nabsent.mp4,0\n{good.path},1\nabsent2.mp4,2\n")
+    config = make_finetune({"batch": 3}, {"manifest": str(manifest), "max_bad_fraction": 1.0})
+    with ClipLoader(config, "train") as clips:
+        targets = Targets(clips.manifest, config.model.heads, "softmax")
+        batch = next(iter(clips))
+        inputs = FinetuneStage(config, targets, torch.device("cpu"))(batch)
+    assert batch.records.tolist() == [1, 1, 1]
+    assert inputs["labels"]["audio"].tolist() == [[0, 1, 0]] * 3
+
+
+def test_commands_tell_each_others_configurations_apart() -> None:
+    from avmae_fast.config_file import load_config
+
+    with pytest.raises(ConfigError, match="use avmae finetune"):
+        load_config("vggsound-ft-a", ["data.manifest=x.csv"])
+    with pytest.raises(ConfigError, match=r"no table \[finetune\]"):
+        load_finetune_config("demo", ["data.manifest=x.csv"])
