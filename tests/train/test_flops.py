@@ -35,7 +35,7 @@ FORMULAS = {
         )
     ),
     torch.ops.avmae.patch_embed_visible: _raw(
-        lambda *args, out_val=None, **__: 2 * out_val.numel() * args[6].shape[1]
+        lambda *args, out_val=None, **__: 2 * out_val.numel() * args[7].shape[1]
     ),
 }
 
