@@ -86,6 +86,18 @@ def peers_table(results: list[Result]) -> str:
     return _with_misses(rows, results, ("contest", "candidate"))
 
 
+def finetune_table(results: list[Result]) -> str:
+    rows: list[tuple[str, ...]] = [
+        ("model, batch", "modalities", "row", "ms", "clips/s", "peak GB")
+    ]
+    for result in results:
+        for row in result["rows"]:
+            peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f}"
+            names = (f"ViT-{row['model']}, {row['batch']}", row["modalities"], row["row"])
+            rows.append((*names, f"{row['ms']:.1f}", f"{row['clips_per_s']:.0f}", peak))
+    return _with_misses(rows, results, ("modalities", "row"))
+
+
 def end_to_end_table(results: list[Result]) -> str:
     rows: list[tuple[str, ...]] = [("from", "model, workers", "clips/s", "waiting for the loader")]
     for result in results:
@@ -142,6 +154,7 @@ _MEASURED: dict[str, tuple[str, Callable[[list[Result]], str]]] = {
     "step": ("step", step_table),
     "kernels": ("kernels", kernels_table),
     "peers": ("peers", peers_table),
+    "finetune": ("finetune", finetune_table),
     "end-to-end": ("end_to_end", end_to_end_table),
 }
 

@@ -240,13 +240,13 @@ def measure(args: argparse.Namespace, result: results.Result, deadline: results.
                 ms_lower=1e3 * found.lower_quartile_s,
                 ms_upper=1e3 * found.upper_quartile_s,
                 clips_per_s=batch / found.median_s,
-                peak_bytes=_peak(calls[name], device),
+                peak_bytes=peak_of(calls[name], device),
             )
         calls.clear()
         devices.release(device)
 
 
-def _peak(step: timing.Call, device: torch.device) -> int | None:
+def peak_of(step: timing.Call, device: torch.device) -> int | None:
     """Bytes a step takes beyond what all candidates hold between steps."""
     if device.type != "cuda":
         return None

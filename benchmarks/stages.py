@@ -70,6 +70,7 @@ JOBS: tuple[Job, ...] = (
     _job("peers", "peers-B", "--model B", "--model B --compiler eager"),
     _job("peers", "end_to_end-B-audioset", "--model B",
          "--workers 0 --steps 1 --warm-up 1 --short-side 40 --compiler eager"),
+    _job("peers", "finetune-B", "--model B", "--model B --compiler eager"),
     _job("largest", "step-L-audioset-largest",
          "--model L --rows A C B+ B --largest --rival-mode default",
          f"--model L --largest {_STEP}"),

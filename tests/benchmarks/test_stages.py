@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ceilings, cpu, end_to_end, kernels, peers, stages, step
+from benchmarks import ceilings, cpu, end_to_end, finetune, kernels, peers, stages, step
 
 MODULES = {
     "ceilings": ceilings,
     "end_to_end": end_to_end,
+    "finetune": finetune,
     "kernels": kernels,
     "peers": peers,
     "step": step,
@@ -46,7 +47,7 @@ def test_a_finished_job_is_not_run_again(tmp_path: Path, capsys) -> None:
         if job.stage == "peers":
             (tmp_path / f"{job.result}.json").write_text(json.dumps({"complete": True}))
     assert stages.main(["--stage", "peers", "--results", str(tmp_path), *TINY]) == 0
-    assert capsys.readouterr().out.count("finished before") == 2
+    assert capsys.readouterr().out.count("finished before") == 3
 
 
 def test_half_a_result_is_not_finished(tmp_path: Path) -> None:
