@@ -40,6 +40,7 @@ _INPUT_ERRORS = {
     "avmae_fast.interop.transfer": "TransferError",
     "avmae_fast.models.pretrained": "PretrainedError",
     "avmae_fast.train.checkpoint": "CheckpointError",
+    "avmae_fast.train.lines": "LinesError",
     "avmae_fast.train.lock": "LockedError",
     "avmae_fast.train.memory_advice": "OutOfMemory",
     "avmae_fast.train.model_inputs": "NotFiniteOutput",

@@ -32,6 +32,8 @@ SPLITS = ("train", "val", "test")
 UNKNOWN_LABEL = -1
 # Not in any class name of the data sets that have several labels a clip.
 LABEL_SEPARATOR = "|"
+# A table of all numbers up to the largest label must fit into memory.
+_MOST_DIGITS = 6
 
 
 class ManifestError(ValueError):
@@ -159,7 +161,7 @@ def load_file_manifest(path: Path, classes: Sequence[str] | None = None) -> File
     labels = [_labels(path, number, row) for number, row in rows]
     if classes is None:
         classes = _listed_classes(path)
-    classes = _class_table(labels) if classes is None else tuple(classes)
+    classes = _class_table(path, labels) if classes is None else tuple(classes)
     index = {name: i for i, name in enumerate(classes)}
     for (number, _), names in zip(rows, labels, strict=True):
         for name in names:
@@ -221,7 +223,7 @@ def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
             number += 1
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise ManifestError(f"{path}, row {number} is not JSON: {error}") from error
             if not isinstance(row, dict):
                 raise ManifestError(f"{path}, row {number} is not a JSON object: {line.strip()}")
@@ -244,10 +246,17 @@ def _bad(path: Path, number: int, column: str, value: object, valid: str) -> Man
 
 
 def _path(path: Path, number: int, row: Mapping[str, Any]) -> str:
-    value = row.get("path")
-    if not isinstance(value, str) or "\0" in value:
-        raise _bad(path, number, "path", value, "the path of a media file")
-    return value
+    return _file(path, number, "path", row.get("path"))
+
+
+def _file(path: Path, number: int, column: str, value: object) -> str:
+    if isinstance(value, str) and "\0" not in value:
+        try:
+            os.fsencode(value)
+            return value
+        except UnicodeEncodeError:
+            pass  # half of a surrogate pair, which JSON can hold
+    raise _bad(path, number, column, value, "the path of a media file")
 
 
 def _labels(path: Path, number: int, row: Mapping[str, Any]) -> list[str]:
@@ -297,15 +306,18 @@ def _frames(path: Path, number: int, row: Mapping[str, Any]) -> tuple[str, float
     rate = _seconds(path, number, "fps", row.get("fps"), "pictures a second")
     if not rate:
         raise _bad(path, number, "fps", row.get("fps"), "above 0")
-    sound = row.get("sound", "")
-    if not isinstance(sound, str) or "\0" in sound:
-        raise _bad(path, number, "sound", sound, "the path of a media file")
-    return sound, rate
+    return _file(path, number, "sound", row.get("sound", "")), rate
 
 
-def _class_table(labels: Sequence[Sequence[str]]) -> tuple[str, ...]:
+def _class_table(path: Path, labels: Sequence[Sequence[str]]) -> tuple[str, ...]:
     names = {name for listed in labels for name in listed}
     if names and all(name.isdecimal() for name in names):
+        longest = max(names, key=len)
+        if len(longest) > _MOST_DIGITS:
+            raise ManifestError(
+                f"{path}, column label: {longest[:40]!r} is not a class number below "
+                f"{10**_MOST_DIGITS}; labels that are numbers count classes from 0"
+            )
         return tuple(str(i) for i in range(max(map(int, names)) + 1))
     return tuple(sorted(names))
 
@@ -321,7 +333,7 @@ def _span(path: Path, number: int, row: Mapping[str, Any]) -> tuple[float, float
 def _seconds(path: Path, number: int, column: str, value: object, unit: str = "seconds") -> float:
     try:
         seconds = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     if not (math.isfinite(seconds) and seconds >= 0):
         raise _bad(path, number, column, value, f"a number of {unit}, at least 0")

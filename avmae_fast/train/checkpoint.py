@@ -169,7 +169,7 @@ def damage(path: Path) -> str | None:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"{_MANIFEST} is damaged"
     return None
 
@@ -185,13 +185,17 @@ def read_state(path: Path) -> dict[str, Any]:
     """state.json of a checkpoint that verifies.
 
     Raises:
-        CheckpointError: another version of this program wrote it.
+        CheckpointError: another version of this program wrote it, or another program.
     """
-    state = json.loads((path / _STATE).read_text())
-    if state.get("format") != _FORMAT:
-        wrote = state.get("versions", {}).get("avmae_fast", "?")
+    try:
+        state = json.loads((path / _STATE).read_text())
+        written, wrote = state["format"], state.get("versions", {}).get("avmae_fast", "?")
+        state["step"], state["optimizer"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {_STATE} is not what a run writes") from error
+    if written != _FORMAT:
         raise CheckpointError(
-            f"{path} has format {state.get('format')!r}, this version reads {_FORMAT}: "
+            f"{path} has format {written!r}, this version reads {_FORMAT}: "
             f"use avmae_fast {wrote}, which wrote it"
         )
     return state
@@ -206,13 +210,13 @@ def restore_checkpoint(
         sharded: whether one in parts may be read.
 
     Raises:
-        CheckpointError: it is in parts and may not.
+        CheckpointError: it is in parts and may not, or is not what a run writes.
     """
     scalars = read_state(path)["optimizer"]
     if _require_readable(path, sharded):
         parts.load_parts(path, model, optimizer, scalars)
         return
-    weights, moments = (load_file(path / name) for name in _WHOLE)
+    weights, moments = (load_tensors(path / name) for name in _WHOLE)
     Snapshot(weights, moments, scalars).restore(model, optimizer)
 
 
@@ -220,7 +224,19 @@ def load_weights(path: Path, sharded: bool = False) -> dict[str, Tensor]:
     """The weights alone, by state-dict name; arguments and errors of `restore_checkpoint`."""
     if _require_readable(path, sharded):
         return parts.load_whole_weights(path)
-    return load_file(path / "model.safetensors")
+    return load_tensors(path / "model.safetensors")
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: it is not one.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
 
 
 def _require_readable(path: Path, sharded: bool) -> bool:
