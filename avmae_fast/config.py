@@ -402,6 +402,8 @@ class TrainConfig:
                 _require(value is None or value >= 0, name, value, "at least 0")
             ok = self.warmup_steps is None or self.warmup_epochs is None
             _require(ok, names[0], self.warmup_steps, f"absent where {names[1]} is set")
+        ok = all(0 <= beta < 1 for beta in self.betas)
+        _require(ok, "train.betas", self.betas, "two numbers in [0, 1)")
         _require_choice("train.parallel", self.parallel, Literal["ddp", "fsdp2"])
         choices = Literal["none", "selective", "full"]
         _require_choice("train.activation_checkpoint", self.activation_checkpoint, choices)

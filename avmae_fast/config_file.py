@@ -7,6 +7,7 @@ are added: `[model] size = "L"` fills in the encoder and the decoder of a named 
 
 import difflib
 import json
+import math
 import tomllib
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -144,7 +145,10 @@ def _show(value: object) -> str:
 
 
 def _absolute(path: Path) -> Path:
-    return path.expanduser().absolute()
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigError(f"{str(path)!r} is not valid: there is no such user") from error
 
 
 def _read(path_or_preset: str | Path) -> dict[str, Any]:
@@ -161,7 +165,7 @@ def _read(path_or_preset: str | Path) -> dict[str, Any]:
         ) from error
     except OSError as error:
         raise ConfigError(f"{name!r} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # numbers of 5000 digits, lists 1000 deep
         raise ConfigError(f"{name!r} is not a TOML file: {error}") from error
 
 
@@ -194,7 +198,7 @@ def _value(text: str) -> Any:
     """A TOML value; else the text itself, so that words need no quotes."""
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
     return parsed["value"] if len(parsed) == 1 else text
 
@@ -290,15 +294,23 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
                 for i, (v, a) in enumerate(zip(value, args, strict=True))
             )
         raise _wrong_type(name, value, f"a list of {len(args)}")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is Path and isinstance(value, str) and value:
+    if hint in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        if not abs(value) < (math.inf if isinstance(value, float) else _MOST):
+            raise ConfigError(
+                f"{name} = {str(value)[:40]} is not valid: it must be finite, and a "
+                "whole number below 2**64"
+            )
+        value = hint(value) if hint is float else value
+    if hint is Path and isinstance(value, str) and value and "\0" not in value:
         return Path(value)
     # bool is a subclass of int, and a switch is no number.
     if type(value) is hint:
         return value
     raise _wrong_type(name, value, _TYPE_NAMES[hint])
 
+
+# Every whole number fits into an unsigned 64-bit word, as a seed does.
+_MOST = 2**64
 
 _TYPE_NAMES = {
     bool: "true or false",

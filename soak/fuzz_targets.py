@@ -13,13 +13,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from avmae_fast.config import Config, ConfigError
 from avmae_fast.config_file import from_dict, load_config, to_dict
+from avmae_fast.data.clip import ClipError
 from avmae_fast.data.manifest import ManifestError, load_manifest
 from avmae_fast.data.order import Order
+from avmae_fast.data.pack import pack
+from avmae_fast.data.pack_clips import PackOptions
 from avmae_fast.data.samples import SampleSpec
+from avmae_fast.data.shard_index import INDEX_NAME
+from avmae_fast.data.shard_manifest import ShardRecord
+from avmae_fast.data.shard_reader import ShardReader
+from avmae_fast.data.synth import synthesise
+from avmae_fast.interop.entries import ConvertError
+from avmae_fast.interop.flax_msgpack import flatten, pack_tree, read_flax
 from avmae_fast.models import AudiovisualMAE
 from avmae_fast.models.pretrained import PretrainedError
 from avmae_fast.train.checkpoint import CheckpointError, restore_checkpoint, save_checkpoint
@@ -42,6 +52,7 @@ from avmae_fast.train.snapshot import Snapshot
 from soak.mutate import (
     ODD_TEXT,
     change_cells,
+    change_index,
     change_json,
     change_lines,
     change_safetensors,
@@ -234,12 +245,63 @@ class EncoderTarget:
         load_encoder(self._folder)
 
 
+class ShardIndexTarget:
+    """The index of packed clips, and the records it points to."""
+
+    typed = (ManifestError, ClipError)
+
+    def __init__(self, folder: Path) -> None:
+        shape = {"clips": 2, "classes": 2, "seconds": 1.0, "size": 32, "fps": 10, "workers": 1}
+        manifest = synthesise(folder / "clips", **shape)  # type: ignore[arg-type]
+        pack(manifest, folder / "packed", PackOptions(), jobs=1)
+        self._path = folder / "packed" / INDEX_NAME
+        self._good = self._path.read_bytes()
+
+    def __call__(self, rng: random.Random) -> None:
+        self._path.write_bytes(_damaged(self._good, change_index, rng))
+        manifest = load_manifest(self._path)
+        manifest.select("val")
+        for record in manifest:
+            assert -1 <= record.label < len(manifest.classes), record
+            assert record.path.parent.parent == self._path.parent, record
+        first = manifest[0]
+        assert isinstance(first, ShardRecord)
+        with ShardReader(first) as clip:
+            clip.read_video(np.array([0.0, 0.4]), 32)
+            clip.read_audio(0, 800)
+
+
+class FlaxTarget:
+    """Weights of another code base: MessagePack of nested maps and arrays."""
+
+    typed = (ConvertError,)
+
+    def __init__(self, folder: Path) -> None:
+        array = np.arange(6, dtype=np.float32).reshape(2, 3)
+        tree = {
+            "Transformer": {"kernel": array, "bias": array[0]},
+            "step": np.int64(3),
+            "rate": 0.5,
+        }
+        self._good = pack_tree(tree, chunk_bytes=16)
+        self._path = folder / "checkpoint"
+
+    def __call__(self, rng: random.Random) -> None:
+        data = damage_bytes(self._good, rng)
+        self._path.write_bytes(damage_bytes(data, rng) if rng.random() < 0.3 else data)
+        tree = read_flax(self._path)
+        if isinstance(tree, dict):
+            flatten(tree)
+
+
 TARGETS: dict[str, Callable[[Path], Target]] = {
     "manifest": ManifestTarget,
     "config": ConfigTarget,
     "run_folder": RunFolderTarget,
     "checkpoint": CheckpointTarget,
     "encoder": EncoderTarget,
+    "shard_index": ShardIndexTarget,
+    "flax": FlaxTarget,
 }
 
 _LINES = ("metrics", "events", "bad_samples")

@@ -8,6 +8,7 @@ import copy
 import json
 import random
 import struct
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -115,6 +116,27 @@ def change_safetensors(data: bytes, rng: random.Random) -> bytes:
     else:
         header = change_json(header, rng)
     return struct.pack("<Q", len(header)) + header + body
+
+
+def change_index(data: bytes, rng: random.Random) -> bytes:
+    """Change the header of an index of packed clips, its rows, or the sizes in its head."""
+    head = struct.Struct("<8sIIQQ")
+    magic, version, size, rows, offsets = head.unpack_from(data)
+    text, body = data[head.size : head.size + size], bytearray(data[head.size + size : -4])
+    what = rng.randrange(4)
+    if what == 0:
+        sizes = [0, 1, size, rows, offsets, 2**31, 2**32 - 1]
+        size, rows, offsets = (rng.choice([n, n, *sizes]) for n in (size, rows, offsets))
+    elif what == 1:
+        text = change_json(text, rng)
+        size = len(text)
+    else:
+        at = rng.randrange(len(body) - 8)
+        body[at : at + 8] = rng.choice(
+            [b"\xff" * 8, bytes(8), b"\x01" + bytes(7), rng.randbytes(8)]
+        )
+    body = bytearray(head.pack(magic, version, size, rows, offsets) + text + body)
+    return bytes(body) + zlib.crc32(body).to_bytes(4, "little")
 
 
 def _put(row: list[str], rng: random.Random) -> None:

@@ -66,9 +66,16 @@ class Index:
     offsets: NDArray[np.uint32]
 
     def frame_offsets(self, row: np.void) -> NDArray[np.int64]:
-        """Where the coded pictures of a record begin in its video member, and where they end."""
-        first = int(row["first_offset"])
-        return self.offsets[first : first + int(row["frames"]) + 1].astype(np.int64)
+        """Where the coded pictures of a record begin in its video member, and where they end.
+
+        Raises:
+            ValueError: the row is damaged.
+        """
+        first, frames = int(row["first_offset"]), int(row["frames"])
+        offsets = self.offsets[first : first + frames + 1].astype(np.int64)
+        if frames and (len(offsets) <= frames or (np.diff(offsets) < 0).any()):
+            raise ValueError(f"no {frames} pictures lie at offset {first}")
+        return offsets
 
     def to_bytes(self) -> bytes:
         text = json.dumps(self.header, sort_keys=True).encode()
@@ -121,10 +128,20 @@ def read_index(path: Path, *, checksum: bool = False) -> Index:
     if checksum and zlib.crc32(memoryview(data)[:end]) != int.from_bytes(data[end:], "little"):
         raise ManifestError(f"{path} is damaged: its checksum is wrong")
     return Index(
-        json.loads(data[_HEAD.size : first]),
+        _header(path, data[_HEAD.size : first]),
         np.frombuffer(data, ROW, rows, first),
         np.frombuffer(data, np.uint32, offsets, first + rows * ROW.itemsize),
     )
+
+
+def _header(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{path} is damaged: its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise ManifestError(f"{path} is damaged: its header is not a JSON object")
+    return header
 
 
 def write_whole(path: Path, data: bytes) -> None:

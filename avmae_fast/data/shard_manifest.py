@@ -2,7 +2,9 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -63,6 +65,7 @@ class ShardManifest(Manifest):
         index = read_index(source)
         if not len(index.rows):
             raise ManifestError(f"{source} lists no clips: see failed.jsonl beside it")
+        _require_header(source, index.header)
         own = tuple(index.header["classes"])
         names = own if classes is None else tuple(classes)
         if unknown := sorted(set(own) - set(names)):
@@ -104,12 +107,23 @@ class ShardManifest(Manifest):
         return type(self)(self.source, self.classes, self._chosen[chosen], self._label_map)
 
     def __getitem__(self, index: int) -> ShardRecord:
-        row, header = self.index.rows[self._chosen[index]], self.index.header
+        """Raises ManifestError where the index says what cannot be."""
+        number = self._chosen[index]
+        try:
+            record = self._record(self.index.rows[number])
+        except (IndexError, ValueError, TypeError) as error:
+            raise _damaged(self.source, f"row {number}") from error
+        if not (math.isfinite(record.duration_s) and record.duration_s > 0):
+            raise _damaged(self.source, f"row {number}")
+        return record
+
+    def _record(self, row: np.void) -> ShardRecord:
+        header = self.index.header
         shard = header["shards"][int(row["shard"])]
         path = self.source.parent / shard["name"]
         return ShardRecord(
             path=path / key_of(row),
-            label=int(self._label_map[row["label"]]),  # -1 is the last entry of the map
+            label=int(self._label_map[max(row["label"], -1)]),  # -1 is the last entry of the map
             start_s=0.0,
             end_s=float(row["duration_s"]),
             shard=path,
@@ -132,3 +146,23 @@ class ShardManifest(Manifest):
 def _warn_once(message: str) -> None:
     # Every loader of a run looks at the shards.
     logging.getLogger(__name__).warning(message)
+
+
+def _require_header(source: Path, header: Mapping[str, Any]) -> None:
+    """The header must say all that records are read with, and name shards beside the index."""
+    try:
+        numbers = [header["fps"], header["gop"], header["short_side"]]
+        numbers += [shard["bytes"] for shard in header["shards"]]
+        names = [shard["name"] for shard in header["shards"]]
+        texts = [*header["classes"], *header["decoders"], header["codec"], *names]
+        ok = all(type(x) in (int, float) and 0 < x < 2**62 for x in numbers)
+        ok = ok and all(isinstance(text, str) for text in texts)
+        ok = ok and all(re.fullmatch(r"[\w-]+\.tar", name, re.ASCII) for name in names)
+    except (KeyError, TypeError):
+        ok = False
+    if not ok:
+        raise _damaged(source, "the header")
+
+
+def _damaged(source: Path, what: str) -> ManifestError:
+    return ManifestError(f"{source} is damaged: {what} is not as it was packed; see `avmae verify`")

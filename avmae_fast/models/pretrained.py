@@ -117,7 +117,7 @@ def load_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, 
         record = json.loads((folder / CONFIG).read_text())
         config = model_from_dict(record["model"])
         return config, load_file(folder / WEIGHTS), record
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         if isinstance(error, ConfigError):
             raise PretrainedError(f"{folder / CONFIG} is not valid: {error}") from error
         raise PretrainedError(

@@ -217,7 +217,10 @@ def restore_checkpoint(
         parts.load_parts(path, model, optimizer, scalars)
         return
     weights, moments = (load_tensors(path / name) for name in _WHOLE)
-    Snapshot(weights, moments, scalars).restore(model, optimizer)
+    snapshot = Snapshot(weights, moments, scalars)
+    if misfit := snapshot.misfit(model):
+        raise CheckpointError(f"{path} does not fit the model: {misfit}")
+    snapshot.restore(model, optimizer)
 
 
 def load_weights(path: Path, sharded: bool = False) -> dict[str, Tensor]:

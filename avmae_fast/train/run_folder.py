@@ -14,6 +14,7 @@ import errno
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -56,6 +57,7 @@ CLASSIFIER = "classifier"
 TRANSFER = "transfer.txt"
 EVALUATION = "evaluation"
 _CHECKPOINTS = "checkpoints"
+_PARTIAL = ".partial-"
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 RUN = "run.json"
 _CONTENTS = (
@@ -74,6 +76,16 @@ _CONTENTS = (
     EVALUATION,
     RUN,
 )
+
+
+# What a run goes on from: a type, the fields of a table, [type] for a list, (type,) for any table.
+_STATE = {
+    "step": int,
+    "samples": int,
+    "config": {"model": dict, "data": dict, "train": dict},
+    "metrics": {"sums": (float,), "count": int, "time_s": float},
+}
+_GUARD = {"skipped": [int], "norms": [float]}
 
 
 class RunFolderError(ValueError):
@@ -142,13 +154,17 @@ def find_resume_point(config: Run, resume: bool, restart: bool) -> ResumePoint |
         restart: start anew although the folder holds an earlier run.
 
     Raises:
-        RunFolderError: the folder holds other files, or checkpoints and neither was asked for.
+        RunFolderError: the folder holds other files or symbolic links, or checkpoints and neither
+            was asked for.
         CheckpointError: no checkpoint verifies, or they are of another architecture.
     """
     out, folder = config.train.out, checkpoints_of(config)
     if out.exists() and not out.is_dir():
         raise RunFolderError(f"train.out = {str(out)!r} is not valid: it is a file")
-    strangers = out.is_dir() and any(entry.name != LOCK for entry in out.iterdir())
+    _refuse_links(out)
+    strangers = out.is_dir() and any(
+        entry.name != LOCK and not entry.name.startswith(_PARTIAL) for entry in out.iterdir()
+    )
     if strangers and not (out / RUN).exists():
         raise RunFolderError(
             f"train.out = {str(out)!r} is not valid: it holds files but no run; "
@@ -168,8 +184,39 @@ def find_resume_point(config: Run, resume: bool, restart: bool) -> ResumePoint |
         reasons = "; ".join(map(str, refused))
         raise CheckpointError(f"no checkpoint in {folder} can be used ({reasons})")
     state = read_state(path)
+    if not _fits(state, _STATE):
+        raise CheckpointError(f"{path}: its state.json is not what a run writes")
     _require_same_model(config, state, path)
     return ResumePoint(path, state, refused)
+
+
+def _refuse_links(out: Path) -> None:
+    """A link among the files of a run could make it write or delete files of somebody else."""
+    for folder in (out, out / _CHECKPOINTS, out / FAILED):
+        for entry in folder.iterdir() if folder.is_dir() else ():
+            if entry.is_symlink():
+                raise RunFolderError(
+                    f"{str(entry)!r} is a symbolic link: a run writes to files of its own only; "
+                    "remove it, or make train.out itself a link"
+                )
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    """Whether a value read from JSON is made of what `shape` says; `guard` may be absent."""
+    if isinstance(shape, dict):
+        fields = {**shape, "guard": _GUARD} if shape is _STATE and "guard" in value else shape
+        return isinstance(value, dict) and all(
+            name in value and _fits(value[name], inner) for name, inner in fields.items()
+        )
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(x, shape[0]) for x in value)
+    if isinstance(shape, tuple):
+        return isinstance(value, dict) and all(_fits(x, shape[0]) for x in value.values())
+    if shape is int:
+        return type(value) is int and 0 <= value < 2**62
+    if shape is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return isinstance(value, shape)
 
 
 @contextmanager
@@ -237,7 +284,7 @@ def _cut_back(out: Path, point: ResumePoint | None) -> None:
 
 def _write_down(config: Run, point: ResumePoint | None) -> None:
     out = config.train.out
-    partial = out / f".partial-{RUN}"
+    partial = out / f"{_PARTIAL}{RUN}"
     record = {"config": to_dict(config), "versions": versions()}
     partial.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(partial, out / RUN)
@@ -267,7 +314,7 @@ def read_any_run(out: Path) -> Config | FinetuneConfig:
     try:
         table = json.loads((out / RUN).read_text())["config"]
         return finetune_from_dict(table) if "finetune" in table else from_dict(table)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunFolderError(f"{str(out)!r} is not the folder of a run: no {RUN} in it") from error
 
 
@@ -278,7 +325,8 @@ def bad_samples_of(rank: int) -> str:
 
 def read_bad_samples(out: Path) -> list[dict[str, Any]]:
     """What all processes of a run could not read, in the order of the samples."""
-    lines = [line for path in _bad_sample_files(out) for line in read_lines(path)]
+    fields = {"position": int, "path": str, "kind": str, "detail": str}
+    lines = [line for path in _bad_sample_files(out) for line in read_lines(path, fields)]
     return sorted(lines, key=lambda line: line["position"])
 
 

@@ -31,6 +31,32 @@ class Snapshot:
         moments, scalars = flat_moments(model, optimizer)
         return cls(whole_weights(model, keep), _on_host(moments, keep), scalars)
 
+    def misfit(self, model: nn.Module) -> str | None:
+        """Why this is not of such a model and an optimiser of it; None if it may be."""
+        wanted = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+        found = {name: tuple(x.shape) for name, x in self.weights.items()}
+        for name in [*wanted, *found]:
+            if wanted.get(name) != found.get(name):
+                return f"{name} has shape {found.get(name)}, wanted is {wanted.get(name)}"
+        shapes = {name: tuple(x.shape) for name, x in model.named_parameters()}
+        fields: dict[str, set[str]] = {}
+        for key, tensor in self.moments.items():
+            name, _, field = key.rpartition("/")
+            # A step count is one number, all else is of the parameter's shape.
+            shape = () if field == "step" else shapes.get(name)
+            if name not in shapes or tuple(tensor.shape) != shape or not tensor.is_floating_point():
+                return f"{key} is no optimiser state of a parameter"
+            fields.setdefault(name, set()).add(field)
+        if len({frozenset(x) for x in fields.values()}) > 1:
+            return "some parameters have other optimiser state than others"
+        for name, scalars in self.scalars.items():
+            numbers = isinstance(scalars, dict) and all(
+                isinstance(x, int | float) for x in scalars.values()
+            )
+            if name not in shapes or not numbers:
+                return f"optimizer.{name} is no optimiser state of a parameter"
+        return None
+
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put it in place; each process takes its part of what is sharded."""
         restore_weights(self.weights, model)
