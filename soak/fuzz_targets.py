@@ -277,13 +277,9 @@ class FlaxTarget:
     typed = (ConvertError,)
 
     def __init__(self, folder: Path) -> None:
-        array = np.arange(6, dtype=np.float32).reshape(2, 3)
-        tree = {
-            "Transformer": {"kernel": array, "bias": array[0]},
-            "step": np.int64(3),
-            "rate": 0.5,
-        }
-        self._good = pack_tree(tree, chunk_bytes=16)
+        kernel = np.arange(60, dtype=np.float32).reshape(4, 15)
+        tree = {"Transformer": {"kernel": kernel, "bias": kernel[0]}, "step": np.array(3)}
+        self._good = pack_tree(tree, chunk_bytes=128)
         self._path = folder / "checkpoint"
 
     def __call__(self, rng: random.Random) -> None:

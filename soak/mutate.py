@@ -67,17 +67,15 @@ def change_cells(data: bytes, rng: random.Random) -> bytes:
     rows = [line.split(",") for line in data.decode().splitlines()]
     for _ in range(rng.choice(_CHANGES)):
         row = rng.choice(rows) if rows else []
-        change: Callable[[], object] = rng.choice(
-            [
-                lambda row=row: _put(row, rng),
-                lambda row=row: _put(row, rng),
-                lambda row=row: row.append(rng.choice(ODD_TEXT)),
-                lambda row=row: row and row.pop(),
-                lambda: rows and rows.pop(rng.randrange(len(rows))),
-                lambda row=row: rows.insert(rng.randint(0, len(rows)), list(row)),
-            ]
-        )
-        change()
+        changes: list[Callable[[], object]] = [
+            lambda row=row: _put(row, rng),
+            lambda row=row: _put(row, rng),
+            lambda row=row: row.append(rng.choice(ODD_TEXT)),
+            lambda row=row: row and row.pop(),
+            lambda: rows and rows.pop(rng.randrange(len(rows))),
+            lambda row=row: rows.insert(rng.randint(0, len(rows)), list(row)),
+        ]
+        rng.choice(changes)()
     return "\n".join(map(",".join, rows)).encode("utf-8", "surrogatepass")
 
 
