@@ -110,6 +110,7 @@ def fuzz(name: str, count: int, workers: int, timeout_s: float = 20.0) -> dict[s
             p for p in folder.rglob("*") if not p.relative_to(folder).parts[0][:7] == "inside-"
         ]
         seconds = time.perf_counter() - began_s
+    # The empty folder beside those of the workers is what paths with `..` in them name.
     outcomes["fault: outside: " + ", ".join(map(str, strangers))] += len(strangers) > 1
     return _summary(+outcomes, first, seconds)
 

@@ -9,7 +9,6 @@ import json
 import random
 import struct
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -66,16 +65,19 @@ def change_cells(data: bytes, rng: random.Random) -> bytes:
     """Change, add or drop cells and rows of a CSV file."""
     rows = [line.split(",") for line in data.decode().splitlines()]
     for _ in range(rng.choice(_CHANGES)):
-        row = rng.choice(rows) if rows else []
-        changes: list[Callable[[], object]] = [
-            lambda row=row: _put(row, rng),
-            lambda row=row: _put(row, rng),
-            lambda row=row: row.append(rng.choice(ODD_TEXT)),
-            lambda row=row: row and row.pop(),
-            lambda: rows and rows.pop(rng.randrange(len(rows))),
-            lambda row=row: rows.insert(rng.randint(0, len(rows)), list(row)),
-        ]
-        rng.choice(changes)()
+        number = rng.randrange(len(rows))
+        row, cell = rows[number], rng.randrange(len(rows[number]) or 1)
+        what = rng.randrange(6)
+        if what < 3:
+            row[cell : cell + 1] = [rng.choice(ODD_TEXT)]
+        elif what == 3:
+            row.append(rng.choice(ODD_TEXT))
+        elif what == 4:
+            del row[cell : cell + 1]
+        elif rng.random() < 0.5 and len(rows) > 1:
+            del rows[number]
+        else:
+            rows.insert(number, list(row))
     return "\n".join(map(",".join, rows)).encode("utf-8", "surrogatepass")
 
 
@@ -135,11 +137,6 @@ def change_index(data: bytes, rng: random.Random) -> bytes:
         )
     body = bytearray(head.pack(magic, version, size, rows, offsets) + text + body)
     return bytes(body) + zlib.crc32(body).to_bytes(4, "little")
-
-
-def _put(row: list[str], rng: random.Random) -> None:
-    if row:
-        row[rng.randrange(len(row))] = rng.choice(ODD_TEXT)
 
 
 def _change_tree(tree: Any, rng: random.Random) -> Any:
