@@ -47,7 +47,9 @@ def test_wheel_holds_every_module(wheel: Path) -> None:
                 inside = f"{root.name}/{path.relative_to(root)}"
                 assert inside in names, f"{inside} is missing from the wheel"
     assert any(name.startswith("avmae_kernels/_C") for name in names)
-    assert not any(name.startswith(("tests/", "benchmarks/", "kernels/")) for name in names)
+    assert not any(
+        name.startswith(("tests/", "benchmarks/", "kernels/", "soak/")) for name in names
+    )
 
 
 def test_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> None:
