@@ -197,7 +197,11 @@ def _edit_samples(path: Path) -> None:
     """Move a checkpoint's position in the data by a batch, and seal it again."""
     state = json.loads((path / "state.json").read_text())
     state["samples"] += BATCH
-    data = json.dumps(state).encode()
+    seal(path, json.dumps(state).encode())
+
+
+def seal(path: Path, data: bytes) -> None:
+    """Give a checkpoint another state.json, with sums that fit."""
     (path / "state.json").write_bytes(data)
     manifest = json.loads((path / "MANIFEST.json").read_text())
     entry = {"size_bytes": len(data), "crc32": f"{zlib.crc32(data):08x}"}

@@ -157,6 +157,12 @@ def test_size_and_tables_of_a_file(tmp_path: Path) -> None:
 
 
 BAD_OVERRIDES = [
+    ("train.betas=[0.9, 1.0]", r"train\.betas = \(0.9, 1.0\) is not valid"),
+    ("train.base_lr=inf", r"train\.base_lr = inf is not valid: it must be finite"),
+    ("model.audio.mean=nan", r"model\.audio\.mean = nan is not valid: it must be finite"),
+    ("train.steps=18446744073709551616", r"train\.steps = 1844.* below 2\*\*64"),
+    (r'train.out="a\u0000b"', r"train\.out must be a path"),
+    ("train.out=~nobody-of-this-name/x", "'~nobody-of-this-name/x' is not valid: there is no"),
     ("model.audio.mask_ration=0.5", r"unknown field model\.audio\.mask_ration.*'mask_ratio'"),
     ("train.bach=3", r"unknown field train\.bach \(did you mean 'batch'\?\); train has out,"),
     ("modle.size=L", r"unknown field modle \(did you mean 'model'\?\)"),
@@ -210,6 +216,8 @@ def test_bad_override_names_field_value_and_choices(override: str, match: str) -
         ),
         ("model = [", "is not a TOML file"),
         ("[model]\nsize = 'B'\nsize = 'L'\n", "is not a TOML file"),
+        ("steps = " + "1" * 5000, "is not a TOML file"),
+        ("a = " + "[" * 3000, "is not a TOML file"),
     ],
 )
 def test_bad_file(tmp_path: Path, text: str, match: str) -> None:

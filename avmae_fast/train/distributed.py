@@ -78,7 +78,16 @@ def process_group(world: World, device: torch.device) -> Iterator[None]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, timeout=_TIMEOUT)
+    store, _, _ = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    # torchrun keeps one store over its restarts, with the addresses of processes that are gone.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(f"attempt-{attempt}", store),
+        rank=world.rank,
+        world_size=world.size,
+        timeout=_TIMEOUT,
+    )
     try:
         yield
     finally:

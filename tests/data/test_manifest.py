@@ -82,6 +82,8 @@ def test_is_frozen(tmp_path):
         ("path,end\na.mp4,0\n", "row 1, column end: '0' is not after the start"),
         ("path,split\na.mp4,training\n", "row 1, column split: 'training' is not train, val or"),
         ("path\na.mp4,b,c\n", "row 1, column last: .* is not one of 1 columns"),
+        ("path,label\na.mp4,99999999999\n", "column label: '99999999999' is not a class number"),
+        (f"path,label\na.mp4,{'9' * 5000}\n", "column label: '9{40}' is not a class number"),
     ],
 )
 def test_bad_csv(tmp_path, text, message):
@@ -101,6 +103,14 @@ def test_bad_csv(tmp_path, text, message):
         ('{"path": "a.mp4", "label": 1.5}\n', "row 1, column label: 1.5 is not a class name"),
         ('{"path": "a.mp4", "start": true}\n', "row 1, column start: True is not a number"),
         ('{"path": "a.mp4", "start": [1]}\n', r"row 1, column start: \[1\] is not a number"),
+        (
+            '{"path": "a.mp4", "end": 1' + "0" * 400 + "}\n",
+            "row 1, column end: 10+ is not a number",
+        ),
+        ('{"path": "a.mp4", "end": ' + "1" * 5000 + "}\n", "row 1 is not JSON"),
+        ('{"path": ' + "[" * 100_000 + "\n", "row 1 is not JSON"),
+        (r'{"path": "\ud800"}' + "\n", "row 1, column path: .* is not the path"),
+        (r'{"path": "a\u0000b"}' + "\n", "row 1, column path: .* is not the path"),
     ],
 )
 def test_bad_json(tmp_path, text, message):

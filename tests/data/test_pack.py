@@ -21,12 +21,12 @@ from media import shown_index, tone, truncate, write_clip
 from avmae_fast.cli import main
 from avmae_fast.data import pack as pack_module
 from avmae_fast.data import pack_folder, pack_jobs, shard_writer
-from avmae_fast.data.manifest import load_manifest
+from avmae_fast.data.manifest import ManifestError, load_manifest
 from avmae_fast.data.pack import pack
 from avmae_fast.data.pack_clips import PackError, PackOptions, segments
 from avmae_fast.data.pack_folder import locked
 from avmae_fast.data.pack_jobs import Job
-from avmae_fast.data.shard_index import key_of
+from avmae_fast.data.shard_index import Index, key_of, read_index
 
 OPTIONS = PackOptions(short_side=64, fps=10.0)
 
@@ -375,3 +375,34 @@ def test_command(clips, tmp_path, capsys):
     assert "34 records of 36 clips in 3 shards" in printed and "2 could not be packed" in printed
     assert main([*argv, "--crf", "99"]) == 2
     assert "crf = 99 is not valid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("classes", 3), ("codec", None), ("fps", 0), ("gop", "8"), ("shards", [{"name": "a.tar"}])],
+)
+def test_header_of_no_index(packed, tmp_path, field, value):
+    index = read_index(packed)
+    index.header[field] = value
+    (tmp_path / "index.avmae").write_bytes(index.to_bytes())
+    with pytest.raises(ManifestError, match="index.avmae is damaged: the header is not as it was"):
+        load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("shard", 9), ("decoder", 999), ("label", 77), ("duration_s", np.nan), ("duration_s", 0.0),
+        ("first_offset", 2**63), ("frames", 2**31),
+    ],
+)  # fmt: skip
+def test_row_of_no_index(packed, tmp_path, column, value):
+    index = read_index(packed)
+    rows = index.rows.copy()
+    rows[column][3] = value
+    damaged = Index(index.header, rows, index.offsets)
+    (tmp_path / "index.avmae").write_bytes(damaged.to_bytes())
+    manifest = load_manifest(tmp_path)
+    assert manifest[2].label == 2
+    with pytest.raises(ManifestError, match="index.avmae is damaged: row 3"):
+        manifest[3]

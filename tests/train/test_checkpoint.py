@@ -11,6 +11,7 @@ from avmae_fast.train import checkpoint
 from avmae_fast.train.checkpoint import (
     CheckpointError,
     begin_checkpoint,
+    damage,
     finish_checkpoint,
     load_weights,
     newest_verified,
@@ -199,3 +200,47 @@ def test_manifest_of_strange_files_is_refused(tmp_path: Path, trained: tuple) ->
     del manifest["files"]["../../secret"], manifest["files"]["optimizer.safetensors"]
     (path / "MANIFEST.json").write_text(json.dumps(manifest))
     assert newest_verified(tmp_path)[1][0].reason.endswith("does not name all files")
+
+
+def test_not_what_a_run_writes_is_refused(tmp_path: Path, trained: tuple) -> None:
+    """Sums say only that files are as they were written, by whomever."""
+    path = _save(tmp_path, 1, trained)
+    good = (path / "model.safetensors").read_bytes()
+    for text in ("[1]", "{}", '{"format": 1}', "[" * 100_000, "1" * 5000, "\xff"):
+        (path / "state.json").write_text(text)
+        with pytest.raises(CheckpointError, match="state.json is not what a run writes"):
+            read_state(path)
+        (path / "MANIFEST.json").write_text(text)
+        assert damage(path) == "MANIFEST.json is damaged"
+    for data in (b"", good[:20], (2**63).to_bytes(8, "little") + good[8:]):
+        (path / "model.safetensors").write_bytes(data)
+        with pytest.raises(CheckpointError, match="model.safetensors is not a safetensors file"):
+            load_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "shape", "message"),
+    [
+        ("weights", "0.weight", (3, 5), r"0.weight has shape \(3, 5\), wanted is \(3, 4\)"),
+        ("weights", "7.weight", (1,), r"7.weight has shape \(1,\), wanted is None"),
+        ("weights", "0.bias", None, r"0.bias has shape None, wanted is \(3,\)"),
+        ("moments", "0.weight/exp_avg", (4, 3), "0.weight/exp_avg is no optimiser state"),
+        ("moments", "7.weight/exp_avg", (1,), "7.weight/exp_avg is no optimiser state"),
+        ("moments", "0.weight/step", (3, 4), "0.weight/step is no optimiser state"),
+        ("moments", "0.weight/exp_avg", None, "some parameters have other optimiser state"),
+    ],
+)
+def test_another_models_is_refused(
+    tmp_path: Path, trained: tuple, part: str, name: str, shape: tuple | None, message: str
+) -> None:
+    snapshot = Snapshot.of(*trained)
+    tensors = getattr(snapshot, part)
+    if shape is None:
+        del tensors[name]
+    else:
+        tensors[name] = torch.zeros(shape)
+    path = save_checkpoint(tmp_path, 1, snapshot, {}, 2)
+    with pytest.raises(CheckpointError, match=f"does not fit the model: {message}"):
+        restore_checkpoint(path, *trained, sharded=False)
+    assert snapshot.misfit(trained[0]) is not None
+    assert Snapshot.of(*trained).misfit(trained[0]) is None
