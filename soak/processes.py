@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from soak.trainer import run_in_child
+from soak.trainer import REPORT, run_in_child
 
 # How long the children of a killed process may take to notice.
 _END_S = 20.0
@@ -69,7 +69,8 @@ def start(marks: Path, argv: Sequence[str], log: Path, cold: bool) -> Trainer:
             )
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["soak.trainer"])
-    process = context.Process(target=run_in_child, args=(marks, list(argv), log))
+    environment = {REPORT: os.environ.get(REPORT, "1")}
+    process = context.Process(target=run_in_child, args=(marks, list(argv), log, environment))
     process.start()
     return _Forked(process)
 

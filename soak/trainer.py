@@ -9,10 +9,13 @@ import math
 import multiprocessing
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from avmae_fast import cli
 from avmae_fast.data.loader import Batch
@@ -28,6 +31,10 @@ REPORT = "AVMAE_SOAK_REPORT"
 def run_trainer(marks_path: Path, argv: Sequence[str]) -> int:
     """Run the command; its exit code."""
     marks = Marks(marks_path)
+    # Sums of floats depend on the number of threads.
+    torch.set_num_threads(1)
+    # A fork server that is killed leaves the folder of its socket.
+    tempfile.tempdir = str(marks_path.parent)
     _mark(marks, pretrain, "validate", "validation")
     _mark(marks, pretrain, "save_checkpoint", "checkpoint")
     _mark(marks, TrainStep, "__call__", "step")
@@ -48,9 +55,13 @@ def run_trainer(marks_path: Path, argv: Sequence[str]) -> int:
     return code
 
 
-def run_in_child(marks_path: Path, argv: Sequence[str], log: Path) -> None:
+def run_in_child(
+    marks_path: Path, argv: Sequence[str], log: Path, environment: dict[str, str]
+) -> None:
     """Run the command in a process that was forked; it ends with the command's exit code."""
     os.setsid()
+    # That of the program from which it was forked may be of an earlier time.
+    os.environ.update(environment)
     # As in a program that was started: its semaphores have no name that could be left behind.
     multiprocessing.set_start_method(None, force=True)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

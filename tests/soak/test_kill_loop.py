@@ -14,7 +14,6 @@ from soak.marks import Marks
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the report, which takes longer than the rest."""
     monkeypatch.setenv("AVMAE_SOAK_REPORT", "0")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def test_killed_eight_times(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
