@@ -169,7 +169,7 @@ def damage(path: Path) -> str | None:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{_MANIFEST} is damaged"
     return None
 
@@ -190,7 +190,7 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / _STATE).read_text())
         written, wrote = state["format"], state.get("versions", {}).get("avmae_fast", "?")
-        state["step"], state["optimizer"]
+        state["step"], state["optimizer"].items()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: {_STATE} is not what a run writes") from error
     if written != _FORMAT:

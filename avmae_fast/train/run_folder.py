@@ -14,10 +14,10 @@ import errno
 import importlib.metadata
 import json
 import logging
-import math
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -215,7 +215,7 @@ def _fits(value: Any, shape: Any) -> bool:
     if shape is int:
         return type(value) is int and 0 <= value < 2**62
     if shape is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) < sys.float_info.max
     return isinstance(value, shape)
 
 

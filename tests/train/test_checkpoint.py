@@ -206,7 +206,8 @@ def test_not_what_a_run_writes_is_refused(tmp_path: Path, trained: tuple) -> Non
     """Sums say only that files are as they were written, by whomever."""
     path = _save(tmp_path, 1, trained)
     good = (path / "model.safetensors").read_bytes()
-    for text in ("[1]", "{}", '{"format": 1}', "[" * 100_000, "1" * 5000, "\xff"):
+    strange = ('{"format": 1, "step": 1, "optimizer": "a"}', '{"files": [null]}', '{"files": [7]}')
+    for text in ("[1]", "{}", '{"format": 1}', "[" * 100_000, "1" * 5000, "\xff", *strange):
         (path / "state.json").write_text(text)
         with pytest.raises(CheckpointError, match="state.json is not what a run writes"):
             read_state(path)

@@ -57,6 +57,7 @@ def test_run_json_of_somebody_else(make_config: MakeConfig, text: str) -> None:
         ("config", {"model": {}, "data": []}),
         ("metrics", {"sums": {"loss": "a"}, "count": 1, "time_s": 0.0}),
         ("metrics", {"sums": {}, "count": 1, "time_s": float("nan")}),
+        ("metrics", {"sums": {"loss": 10**400}, "count": 1, "time_s": 0.0}),
         ("guard", {"skipped": [1.5], "norms": []}),
         ("guard", None),
     ],
