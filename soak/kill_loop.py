@@ -22,9 +22,9 @@ from typing import Any
 
 from avmae_fast.train.checkpoint import newest_verified
 from benchmarks import harness
-from soak.case import BATCH, CHECKPOINT_EVERY, Case, logged_steps, what_it_left
+from soak.case import BATCH, Case, logged_steps, what_it_left
 from soak.marks import PARTS, Marks
-from soak.processes import Leftovers, Trainer, kill, start, wait
+from soak.processes import PATIENCE_S, Leftovers, Trainer, kill, start, wait
 
 # The last two of a run are in its report.
 KILLS_A_RUN, _IN_REPORT = 20, 2
@@ -32,6 +32,8 @@ _COLD_EVERY = 10
 _WORKERS = (0, 1, 2)
 _MOST_ENTRIES = {"start": 1, "step": 6, "between": 8, "validation": 1, "checkpoint": 2, "report": 1}
 _WATCH_EVERY_S = 0.25
+# After that many there is enough to look at.
+_MOST_BROKEN = 3
 # Of the other kills of a run.
 _WEIGHTS = {"start": 2, "step": 3, "between": 1, "validation": 2, "checkpoint": 4}
 
@@ -99,9 +101,11 @@ class KillLoop:
             try:
                 resumes = self._kill_one(out, min(KILLS_A_RUN, self._kills - self.count.kills))
                 _require_equal(wanted, what_it_left(out), out.name)
-            except Broken as error:
+            except (Broken, TimeoutError) as error:
                 self.count.broken.append(str(error))
-                print(f"{error}", file=sys.stderr)
+                print(error, file=sys.stderr)
+                if len(self.count.broken) == _MOST_BROKEN:
+                    return
                 continue
             self.count.resumes.append(resumes)
             print(
@@ -163,11 +167,15 @@ class KillLoop:
     def _kill_at(self, trainer: Trainer, marks: Marks, aim: Aim) -> int:
         """Kill when a part is reached, or where it does not come any more, in the report."""
         watch_s = time.monotonic()
+        deadline_s = watch_s + PATIENCE_S
         while marks.entries(aim.part) < aim.entry:
             if marks.entries("report"):
                 aim = self._aim(in_report=True)
             if (code := trainer.exit_code()) is not None:
                 return code
+            if time.monotonic() > deadline_s:
+                kill(trainer)
+                raise TimeoutError(f"no {aim.part} began in {PATIENCE_S:.0f} s")
             if time.monotonic() > watch_s:
                 self.count.left.watch(trainer)
                 watch_s = time.monotonic() + _WATCH_EVERY_S
@@ -235,7 +243,6 @@ def _summary(count: Count, differs: bool, seconds: float) -> dict[str, Any]:
         "runs": len(count.resumes) + len(count.broken),
         "runs_equal": len(count.resumes),
         "most_resumes_of_a_run": max(count.resumes, default=0),
-        "checkpoint_every": CHECKPOINT_EVERY,
         "orphans": count.left.processes,
         "shared_memory_left": len(count.left.shared_memory),
         "control_differs": differs,
@@ -250,18 +257,20 @@ def passed(result: dict[str, Any]) -> bool:
     return clean and result["runs_equal"] > 0 and result["control_differs"]
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    if args.kills < 1:
-        raise harness.BenchmarkError(f"--kills wants 1 or more, got {args.kills}")
-    return kill_loop(args.kills, args.seed, args.seconds)
-
-
 def main(argv: list[str] | None = None) -> int:
     options = harness.parser("Kill a run again and again; compare it with an unbroken one.")
     options.add_argument("--kills", type=int, default=200, help="how many (default 200)")
     options.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     options.add_argument("--seconds", type=float, help="start no further run after this time")
-    return harness.run(options, measure, argv)
+    result: dict[str, Any] = {}
+
+    def measure(args: argparse.Namespace) -> dict[str, Any]:
+        if args.kills < 1:
+            raise harness.BenchmarkError(f"--kills wants 1 or more, got {args.kills}")
+        result.update(kill_loop(args.kills, args.seed, args.seconds))
+        return result
+
+    return harness.run(options, measure, argv) or int(not passed(result))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from soak.trainer import REPORT, run_in_child
 
-# How long the children of a killed process may take to notice.
-_END_S = 20.0
+# How long a run may take, and the children of a killed one to notice.
+PATIENCE_S, _END_S = 900.0, 20.0
 _NAMED = Path("/dev/shm")
 
 
@@ -82,8 +82,12 @@ def kill(trainer: Trainer) -> int:
 
 
 def wait(trainer: Trainer) -> int:
-    """Wait for its end."""
+    """Wait for its end; its exit code. Raises TimeoutError for one that hangs, which is killed."""
+    deadline_s = time.monotonic() + PATIENCE_S
     while (code := trainer.exit_code()) is None:
+        if time.monotonic() > deadline_s:
+            os.kill(trainer.pid, signal.SIGKILL)
+            raise TimeoutError(f"a trainer did not end in {PATIENCE_S:.0f} s")
         time.sleep(0.001)
     return code
 

@@ -77,3 +77,11 @@ def test_an_input_is_the_same_every_time() -> None:
         changed = [change(data, random.Random(n)) for n in range(40)]
         assert changed == [change(data, random.Random(n)) for n in range(40)]
         assert sum(one != data for one in changed) > 30
+
+
+def test_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fuzz.main(["--count", "0"]) == 2
+    assert "--count wants 1 or more, got 0" in capsys.readouterr().err
+    for faults in (0, 3):
+        monkeypatch.setattr(fuzz, "fuzz", lambda *_, faults=faults: {"faults": faults})
+        assert fuzz.main(["--count", "5", "--target", "flax"]) == bool(faults)

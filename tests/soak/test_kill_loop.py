@@ -59,3 +59,8 @@ def test_marks_are_seen_by_others(tmp_path: Path) -> None:
     assert (ours.part, ours.entries("between"), ours.steps) == ("between", 1, 1)
     theirs.enter("report")
     assert ours.part == "report" and ours.usual_s("step") > 0
+
+
+def test_wants_kills(capsys: pytest.CaptureFixture[str]) -> None:
+    assert kill_loop.main(["--kills", "0"]) == 2
+    assert "--kills wants 1 or more, got 0" in capsys.readouterr().err
