@@ -29,12 +29,14 @@ class ShardFile:
                 written to since this process opened it, `open` where the storage fails.
         """
         try:
-            data = os.pread(self.descriptor, count, at)
+            # A damaged index may ask for more than any file has, or than memory holds.
+            whole = at + count <= os.fstat(self.descriptor).st_size
+            data = os.pread(self.descriptor, count, at) if whole else b""
             now = os.fstat(self.descriptor)
         except OSError as error:
             forget(self.path)
             raise ClipError("open", record, str(error)) from error
-        if len(data) < count:
+        if not whole or len(data) < count:
             detail = f"{self.path.name} ends at byte {now.st_size}, the record at {at + count}"
             raise ClipError("short", record, detail)
         if now.st_mtime_ns != self.stamp:

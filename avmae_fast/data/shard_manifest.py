@@ -156,6 +156,8 @@ def _require_header(source: Path, header: Mapping[str, Any]) -> None:
         names = [shard["name"] for shard in header["shards"]]
         texts = [*header["classes"], *header["decoders"], header["codec"], *names]
         ok = all(type(x) in (int, float) and 0 < x < 2**62 for x in numbers)
+        ok = ok and isinstance(header["gop"], int)
+        ok = ok and all(isinstance(header[n], list) for n in ("shards", "classes", "decoders"))
         ok = ok and all(isinstance(text, str) for text in texts)
         ok = ok and all(re.fullmatch(r"[\w-]+\.tar", name, re.ASCII) for name in names)
     except (KeyError, TypeError):

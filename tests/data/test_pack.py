@@ -21,12 +21,14 @@ from media import shown_index, tone, truncate, write_clip
 from avmae_fast.cli import main
 from avmae_fast.data import pack as pack_module
 from avmae_fast.data import pack_folder, pack_jobs, shard_writer
+from avmae_fast.data.clip import ClipError
 from avmae_fast.data.manifest import ManifestError, load_manifest
 from avmae_fast.data.pack import pack
 from avmae_fast.data.pack_clips import PackError, PackOptions, segments
 from avmae_fast.data.pack_folder import locked
 from avmae_fast.data.pack_jobs import Job
 from avmae_fast.data.shard_index import Index, key_of, read_index
+from avmae_fast.data.shard_reader import ShardReader
 
 OPTIONS = PackOptions(short_side=64, fps=10.0)
 
@@ -379,8 +381,11 @@ def test_command(clips, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("classes", 3), ("codec", None), ("fps", 0), ("gop", "8"), ("shards", [{"name": "a.tar"}])],
-)
+    [
+        ("classes", 3), ("codec", None), ("fps", 0), ("gop", "8"), ("gop", 8.0), ("decoders", {}),
+        ("shards", {}), ("shards", [{"name": "a.tar"}]),
+    ],
+)  # fmt: skip
 def test_header_of_no_index(packed, tmp_path, field, value):
     index = read_index(packed)
     index.header[field] = value
@@ -406,3 +411,16 @@ def test_row_of_no_index(packed, tmp_path, column, value):
     assert manifest[2].label == 2
     with pytest.raises(ManifestError, match="index.avmae is damaged: row 3"):
         manifest[3]
+
+
+@pytest.mark.parametrize("value", [2**40, 2**63])
+def test_record_beyond_its_shard(packed, tmp_path, value):
+    shutil.copytree(packed, tmp_path / "packed")
+    index = read_index(packed)
+    rows = index.rows.copy()
+    rows["sound_at"][0] = value
+    damaged = Index(index.header, rows, index.offsets).to_bytes()
+    (tmp_path / "packed" / "index.avmae").write_bytes(damaged)
+    with ShardReader(load_manifest(tmp_path / "packed")[0]) as clip:
+        with pytest.raises(ClipError, match="ends at byte .*, the record at"):
+            clip.read_audio(0, 100)
