@@ -190,7 +190,9 @@ class KillLoop:
         count.parts[marks.part] += 1
         count.workers[workers] += 1
         count.cold += self._cold
-        count.torn += any((out / "checkpoints").glob(".partial-*"))
+        # What an earlier kill tore is there until the next checkpoint is begun.
+        torn = any((out / "checkpoints").glob(".partial-*"))
+        count.torn += marks.part == "checkpoint" and torn
 
 
 def _require_equal(wanted: dict[str, Any], left: dict[str, Any], name: str) -> None:
