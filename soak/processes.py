@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,7 +78,8 @@ def start(marks: Path, argv: Sequence[str], log: Path, cold: bool) -> Trainer:
 
 def kill(trainer: Trainer) -> int:
     """SIGKILL to the trainer alone; its exit code, which is another if it was faster."""
-    os.kill(trainer.pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.kill(trainer.pid, signal.SIGKILL)
     return wait(trainer)
 
 

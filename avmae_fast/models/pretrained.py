@@ -61,7 +61,11 @@ class Pretrained(nn.Module):
             PretrainedError: its files are damaged, or another model's.
         """
         config, weights, record = load_model(_local(folder))
-        model = cls(config)
+        try:
+            model = cls(config)
+        except (ValueError, TypeError, RuntimeError, MemoryError, OverflowError) as error:
+            what = f"{Path(folder) / CONFIG} asks for a model that cannot be made"
+            raise PretrainedError(f"{what}: {type(error).__name__} {str(error)[:200]}") from error
         names = model.state_dict().keys()
         if missing := sorted(names - weights.keys()):
             raise PretrainedError(

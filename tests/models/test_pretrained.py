@@ -88,3 +88,13 @@ def test_hub_names_the_package_it_wants(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"):
         Encoder.from_pretrained("someone/some-model")
+
+
+def test_a_configuration_that_no_model_has(tmp_path: Path) -> None:
+    Encoder(tiny_config()).save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    record = json.loads(path.read_text())
+    record["model"]["audio"]["frames"] = record["model"]["audio"]["patch"][0] * 2**60
+    path.write_text(json.dumps(record))
+    with pytest.raises(PretrainedError, match="config.json asks for a model that cannot be made"):
+        Encoder.from_pretrained(tmp_path / "model")
