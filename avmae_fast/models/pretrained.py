@@ -61,6 +61,12 @@ class Pretrained(nn.Module):
             PretrainedError: its files are damaged, or another model's.
         """
         config, weights, record = load_model(_local(folder))
+        # Each layer has weights: a configuration of a billion layers is not even tried.
+        if (layers := max(config.encoder.layers, config.decoder.layers)) > len(weights):
+            raise PretrainedError(
+                f"the weights in {folder} do not fit {CONFIG}: {layers} layers, "
+                f"{len(weights)} tensors"
+            )
         try:
             model = cls(config)
         except (ValueError, TypeError, RuntimeError, MemoryError, OverflowError) as error:
