@@ -54,6 +54,7 @@ test-slow: $(STAMP)
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "build/docs/index.html"
+
 # The wheel holds no soak/, so the modules are found through the checkout.
 soak: $(STAMP)
 	PYTHONPATH=.:kernels OMP_NUM_THREADS=1 $(BIN)/python -m soak $(SOAK_ARGS)

@@ -219,7 +219,9 @@ class CheckpointTarget:
             Order(9, config.train.seed, True).groups(point.samples, config.train.batch)
             Guard(None, ("loss", "grad_norm"), config.train.batch, point.state.get("guard"))
             # Of a process that writes nothing.
-            with Metrics(config, 10, point, torch.device("cpu"), World(1, 2)) as metrics:
+            with Metrics(
+                config, 10, point, torch.device("cpu"), World(1, 2), clip_flops=1
+            ) as metrics:
                 metrics.add({"loss": 0.5})
                 metrics.took(0.1)
                 metrics.write(point.step + 1, point.samples + 4, 0.1)

@@ -91,7 +91,7 @@ def _plant() -> None:
                     inputs["audio"].fill_(math.nan)
                 yield inputs
 
-    InputStage.ahead = poisoned  # type: ignore[method-assign]
+    InputStage.ahead = poisoned  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":
