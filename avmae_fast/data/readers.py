@@ -31,13 +31,21 @@ def resolve_reader(name: str = "auto", pixels: Pixels = "rgb") -> ReaderName:
         ConfigError: the name is unknown, its package is missing or does not load, or it does not
             deliver `pixels`.
     """
-    reader = _first_that_loads() if name == "auto" else _named(name)
-    if pixels == "yuv420" and reader != "pyav":
+    if name != "auto":
+        # Before its package is asked for: what cannot help need not be installed.
+        _require_pixels(name, pixels)
+        return _named(name)
+    reader = _first_that_loads()
+    _require_pixels(reader, pixels)
+    return reader
+
+
+def _require_pixels(reader: str, pixels: Pixels) -> None:
+    if pixels == "yuv420" and reader in _PACKAGES and reader != "pyav":
         raise ConfigError(
             f"data.pixels = 'yuv420' needs reader = 'pyav' (pip install av), got {reader!r}, which "
             "gives RGB only"
         )
-    return reader
 
 
 def _named(name: str) -> ReaderName:

@@ -59,7 +59,10 @@ def test_every_row_is_the_reference(name: str, truth: Truth) -> None:
     assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("name", [n for n in variants() if "B+" not in n and "compile" not in n])
+ELSEWHERE = ("B+", "compile", "CUDA graphs")
+
+
+@pytest.mark.parametrize("name", [n for n in variants() if not any(w in n for w in ELSEWHERE)])
 def test_every_variant_is_the_engine(name: str, truth: Truth) -> None:
     try:
         truth.check(variants()[name](truth.work))
@@ -67,6 +70,11 @@ def test_every_variant_is_the_engine(name: str, truth: Truth) -> None:
         assert "cannot run" in str(error)  # a back end that wants a GPU or a package
         assert "attention by" in name
     assert blocks.packed_attention is packed_attention
+
+
+def test_graphs_want_a_gpu(truth: Truth) -> None:
+    with pytest.raises(BenchmarkError, match="CUDA graphs want a GPU"):
+        variants()["steps as CUDA graphs"](truth.work)
 
 
 @pytest.mark.parametrize("name", ["B", "B+"])
