@@ -283,6 +283,8 @@ class FinetuneConfig:
         if self.finetune.optimizer == "sgd":
             valid = "'ddp' with finetune.optimizer = 'sgd', which does not update sharded weights"
             _require(self.train.parallel == "ddp", "train.parallel", self.train.parallel, valid)
+        valid = "'rgb' in fine-tuning, which stretches, recolours and mixes pictures"
+        _require(self.data.pixels == "rgb", "data.pixels", self.data.pixels, valid)
         repeated = self.data.repeat_windows * self.data.repeat_views
         valid = "1 in fine-tuning: mixup would mix a clip with itself"
         _require(repeated == 1, "data.repeat_windows * data.repeat_views", repeated, valid)

@@ -118,7 +118,9 @@ def accuracy(config: FinetuneConfig, manifest: Manifest, clips: list[ClipViews])
     """Fine-tune, and name the class of every test clip."""
     torch.manual_seed(config.train.seed)
     with contextlib.redirect_stdout(io.StringIO()):
-        finetune(config, restart=True)
+        outcome = finetune(config, restart=True)
+    if outcome.exit_code is not None:
+        raise KeyboardInterrupt
     tuned = load_classifier(config.train.out)
     only = [
         replace(
@@ -157,7 +159,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     clips = test_views(config, test)
     found: dict[str, list[float]] = {}
     for count, kind, start, seed in runs(args):
-        # Seeds differ in which clips have labels, so all else is compared on the same ones.
         manifest = labelled(everything, folder / f"train-{count}-{seed}.csv", count, seed)
         init = config.train.out if start == "pretrained" else None
         run = tuning(config, manifest, folder / "tuned", kind, init, seed, args.tune_steps)
@@ -258,9 +259,9 @@ def main(argv: Iterable[str] | None = None) -> int:
     options.add_argument(
         "--folder", type=Path, default=Path("downstream"), help="of clips and runs"
     )
-    options.add_argument("--steps", type=int, default=1500, help="of pretraining (1500)")
-    options.add_argument("--tune-steps", type=int, default=120, help="of each fine-tuning (120)")
-    options.add_argument("--labels", type=int, nargs="+", default=[2, 8], help="a class (2 8)")
+    options.add_argument("--steps", type=int, default=1200, help="of pretraining (1200)")
+    options.add_argument("--tune-steps", type=int, default=100, help="of each fine-tuning (100)")
+    options.add_argument("--labels", type=int, nargs="+", default=[4, 16], help="a class (4 16)")
     options.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     options.add_argument("--seeds", type=int, default=3)
     return harness.run(options, measure, None if argv is None else list(argv))

@@ -135,8 +135,7 @@ def synthesise(
         size: height and width in pixels, even, 32..1024.
         fps: frames a second, 5..120.
         distractors: sounds from outside the picture in each clip, 0..16, none of them of the clip's
-            material. With any, colours no longer tell shapes apart, so that a class is known by the
-            form that is seen and by the material that is heard most.
+            material. With any, colours tell shapes apart less surely too.
         workers: processes; by default one for each processor this process may use. 1 works in
             this process. More need the caller's script to guard its entry point (they are spawned).
         progress: called with (clips done, clips) once at the start and after each clip.

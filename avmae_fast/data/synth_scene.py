@@ -51,6 +51,8 @@ class Shape:
 
 
 REFERENCE_RADIUS = 0.16
+# By which a distracted scene's hue is off at most: those of two shapes are then mistaken.
+_HUE_SHIFT = 0.12
 # About that of an impact after a fall through half the frame.
 REFERENCE_LOUDNESS = 0.3
 
@@ -160,9 +162,9 @@ def make_scene(seed: int, index: int, label: int, seconds: float) -> Scene:
 
 
 def distracted(scene: Scene, seed: int, index: int, seconds: float, count: int) -> Scene:
-    """The scene with `count` sounds from outside it, in colours that say nothing of its shape."""
+    """The scene with `count` sounds from outside it, its shape less surely told by its colour."""
     rng = clip_rng(seed, index, "distractors")
-    turn = rng.uniform()
+    turn = rng.uniform(-_HUE_SHIFT, _HUE_SHIFT)
     bodies = tuple(replace(body, hue=(body.hue + turn) % 1.0) for body in scene.bodies)
     others = [material for material in MATERIALS if material is not scene.material]
     sounds = []

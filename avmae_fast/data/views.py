@@ -78,7 +78,7 @@ class _ViewJob:
 
     def __init__(self, manifest: Manifest, spec: SampleSpec, temporal: int, spatial: int) -> None:
         self._manifest, self._temporal, self._spatial = manifest, temporal, spatial
-        self._spec = replace(spec, missing_audio="silence")
+        self._spec = replace(spec, missing_audio="silence", pixels="rgb")
         self._excluded: dict[int, str] = {}
 
     def exclude(self, record: int, kind: ErrorKind, detail: str) -> None:

@@ -268,6 +268,7 @@ def test_presets(name: str) -> None:
         ("finetune.label_smoothing=1.0", r"in \[0, 1\)"),
         ("train.cuda_graph=true", "stochastic depth leaves out"),
         ("train.parallel=fsdp2", "'ddp' with finetune.optimizer = 'sgd'"),
+        ("data.pixels=yuv420", "data.pixels = 'yuv420' .*'rgb' in fine-tuning"),
         ("data.repeat_views=2", "mixup would mix a clip with itself"),
         ("finetune.fresh=head", "finetune.fresh must be a list"),
         ("finetune.warmth=2", "unknown field finetune.warmth"),
