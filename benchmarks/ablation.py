@@ -79,8 +79,8 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 def main(argv: Iterable[str] | None = None) -> int:
     options = harness.parser(__doc__ or "")
     options.add_argument("--folder", type=Path, default=Path("downstream"), help="of it all")
-    options.add_argument("--steps", type=int, default=1200, help="of each pretraining (1200)")
-    options.add_argument("--tune-steps", type=int, default=100, help="of each fine-tuning (100)")
+    options.add_argument("--steps", type=int, default=1000, help="of each pretraining (1000)")
+    options.add_argument("--tune-steps", type=int, default=120, help="of each fine-tuning (120)")
     options.add_argument("--labels", type=int, default=4, help="labelled clips of a class (4)")
     options.add_argument("--fusions", nargs="+", choices=FUSIONS, default=list(FUSIONS))
     options.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
