@@ -5,6 +5,7 @@ start, uint8 RGB, the middle 224 x 224 of a short side of 256, written into a ba
 the sound as 16 kHz mono int16. They take turns in one process on one core, and processor time is
 counted, so that other work on the machine disturbs less and all alike; a ratio is the median over
 the rounds. `webdataset` streams a tar of the raw files and decodes them by PyAV as its users do.
+`packed_h264_planes` leaves pictures as yuv420, half the bytes, which the GPU makes RGB.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from typing import Any
 
 import av
 import numpy as np
+import torch
 from av.audio.resampler import AudioResampler
 from av.video.reformatter import VideoReformatter
 
@@ -30,8 +32,10 @@ from avmae_fast.data.clip import AUDIO_RATE_HZ
 from avmae_fast.data.manifest import Manifest, load_manifest
 from avmae_fast.data.pack import pack
 from avmae_fast.data.pack_clips import PackOptions
+from avmae_fast.data.planes import crop_planes
 from avmae_fast.data.readers import open_record, resolve_reader
 from avmae_fast.data.shard_encode import Codec
+from avmae_kernels.yuv import i420_to_rgb
 from benchmarks import harness
 from benchmarks.data_clips import SECONDS, write_clips
 
@@ -59,6 +63,14 @@ def by_record(manifest: Manifest, reader: str) -> Iterator[Window]:
         with open_record(record, reader) as clip:
             pictures = clip.read_pictures(start_s + np.arange(FRAMES) / FPS, SHORT_SIDE)
             yield _cropped(pictures), clip.read_audio(0, SAMPLES)
+
+
+def by_planes(manifest: Manifest) -> Iterator[Window]:
+    """The windows with their pictures as planes, `data.pixels = "yuv420"`."""
+    for record, start_s in zip(manifest, starts(len(manifest)), strict=True):
+        with open_record(record, "pyav", "yuv420") as clip:
+            pictures = clip.read_pictures(start_s + np.arange(FRAMES) / FPS, SHORT_SIDE)
+            yield crop_planes(np.stack(pictures), (CROP, CROP)), clip.read_audio(0, SAMPLES)
 
 
 def by_webdataset(tar: Path, count: int) -> Iterator[Window]:
@@ -126,6 +138,8 @@ def candidates(folder: Path, count: int) -> dict[str, Callable[[], Iterator[Wind
         pack(folder / "clips.csv", folder / codec, PackOptions(codec=codec), jobs=1)
         packed = load_manifest(folder / codec)
         found[f"packed_{codec}"] = partial(by_record, packed, "pyav")
+        if codec == "h264":
+            found["packed_h264_planes"] = partial(by_planes, packed)
     with tarfile.open(folder / "raw.tar", "w") as tar:
         for path in paths:
             tar.add(path, path.name)
@@ -134,8 +148,14 @@ def candidates(folder: Path, count: int) -> dict[str, Callable[[], Iterator[Wind
 
 
 def kept(way: Callable[[], Iterator[Window]]) -> list[Window]:
-    """The windows of a way, which writes them all to one place."""
-    return [(video.copy(), sound) for video, sound in way()]
+    """The windows of a way, which writes them all to one place; planes as RGB."""
+    return [(_as_rgb(video), sound) for video, sound in way()]
+
+
+def _as_rgb(video: np.ndarray) -> np.ndarray:
+    if video.ndim == 4:
+        return video.copy()
+    return i420_to_rgb(torch.from_numpy(video)[None])[0].numpy()
 
 
 def check(name: str, windows: list[Window], wanted: list[Window]) -> float:

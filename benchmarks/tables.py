@@ -72,6 +72,7 @@ def data_table(result: Result | None) -> str:
         ("mp4, decord", "raw_decord", "raw"),
         ("mp4 in a tar, webdataset and PyAV", "webdataset", "raw"),
         ("`avmae pack`", "packed_h264", "h264"),
+        ("`avmae pack`, `data.pixels=yuv420`", "packed_h264_planes", "h264"),
         ("`avmae pack --codec mjpeg`", "packed_mjpeg", "mjpeg"),
     ):
         if result is None or f"ms_{key}" not in result:
