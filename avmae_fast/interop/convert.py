@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from avmae_fast.interop.scenic_files import (
     split_classifier,
 )
 from avmae_fast.interop.vit import Shape
+from avmae_fast.models.encoder import Encoder
 from avmae_fast.models.pretrained import CONFIG, LEFT_OUT, WEIGHTS, load_model, save_model
 
 OURS, SCENIC = "avmae", "scenic"
@@ -85,9 +86,9 @@ def convert(
 def _read(source: Path, read_as: str | None, wishes: Wishes) -> tuple[str, Imported]:
     """The format of the weights, and the model they make."""
     if read_as == OURS or (read_as is None and _is_ours(source)):
-        return OURS, _read_ours(source)
+        return OURS, _asked_of(_read_ours(source), wishes)
     if read_as == SCENIC or (read_as is None and is_flax(source)):
-        return SCENIC, import_scenic(read_tree(source), wishes.scenic)
+        return SCENIC, _asked_of(import_scenic(read_tree(source), wishes.scenic), wishes)
     tensors, config = read_weights(source)
     found = read_as or detect(tensors, config)
     model = import_weights(
@@ -100,6 +101,15 @@ def _read(source: Path, read_as: str | None, wishes: Wishes) -> tuple[str, Impor
         config=config,
     )
     return found, model
+
+
+def _asked_of(model: Imported, wishes: Wishes) -> Imported:
+    """The model, without its decoder where only the encoder is asked for."""
+    if not (wishes.encoder_only and model.decoder):
+        return model
+    names = Encoder(model.config).state_dict().keys()
+    state = {name: x for name, x in model.state.items() if name in names}
+    return replace(model, state=state, decoder=False, notes=[*model.notes, "left out: the decoder"])
 
 
 def import_scenic(tree: Any, shape: ScenicShape) -> Imported:

@@ -117,6 +117,12 @@ def test_pytorch_files_and_wrappers(tmp_path: Path, outer: str | None) -> None:
     assert "mae.pth is mae, told by its names" in notes[0]
     model = AudiovisualMAE.from_pretrained(tmp_path / "ours")
     assert all(torch.equal(x, state_for("mae")[n]) for n, x in model.state_dict().items())
+    only = Wishes(encoder_only=True)
+    assert "left out: the decoder" in convert(
+        tmp_path / "ours", tmp_path / "encoder", None, "avmae", only
+    )
+    encoder = Encoder.from_pretrained(tmp_path / "encoder")
+    assert all(torch.equal(x, state_for("mae")[n]) for n, x in encoder.state_dict().items())
     convert(tmp_path / "ours", tmp_path / "back.pth", None, "mae")
     back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
     assert all(torch.equal(back[n], x) for n, x in tensors.items())
