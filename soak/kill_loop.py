@@ -16,6 +16,8 @@ import tempfile
 import time
 import zlib
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -225,14 +227,25 @@ def _tail(out: Path) -> str:
 
 def kill_loop(kills: int, seed: int = 0, seconds: float | None = None) -> dict[str, Any]:
     """Make a case, kill its runs, and count."""
-    logging.getLogger("avmae_fast").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory(prefix="avmae_fast-soak-") as folder:
+    with _quiet(), tempfile.TemporaryDirectory(prefix="avmae_fast-soak-") as folder:
         began_s = time.monotonic()
         loop = KillLoop(Case.make(Path(folder)), kills, seed)
         wanted = loop.unbroken()
         loop.run(wanted, seconds)
         differs = loop.tampered_differs(wanted)
         return _summary(loop.count, differs, time.monotonic() - began_s)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, only errors of the package are logged: that a killed run is resumed is no news."""
+    log = logging.getLogger("avmae_fast")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _summary(count: Count, differs: bool, seconds: float) -> dict[str, Any]:
