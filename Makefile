@@ -15,7 +15,7 @@ help:
 	@echo "make downstream   pretrain, fine-tune for sound, video and both, print a table"
 	@echo "make ablation     compare fusions and objectives of pretraining in the same way"
 	@echo "make gpu     test the kernels on this machine's GPU, then measure; STAGE=tests: test alone"
-	@echo "make soak    kill runs 100 times, train with several processes, feed 10,000 damaged files of"
+	@echo "make soak    kill runs 200 times, train with several processes, feed 10,000 damaged files of"
 	@echo "             each kind; at most 20 minutes on two idle cores"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove the virtual environment, build products and the demo's files"

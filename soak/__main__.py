@@ -47,7 +47,7 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     options = harness.parser("Kill runs, train with several processes, feed damaged files.")
-    options.add_argument("--kills", type=int, default=100, help="of the kill loop (100)")
+    options.add_argument("--kills", type=int, default=200, help="of the kill loop (200)")
     options.add_argument("--seed", type=int, default=0, help="of where to kill (0)")
     options.add_argument("--count", type=int, default=10_000, help="damaged inputs a kind (10000)")
     options.add_argument("--workers", type=int, default=2, help="processes that read them (2)")
