@@ -3,21 +3,16 @@
 import argparse
 import importlib.metadata
 import logging
-import os
-import shlex
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from avmae_fast import cli_data, cli_downstream, cli_manifest, cli_run
 from avmae_fast.cli_bench import add_bench_data
 from avmae_fast.cli_convert import add_convert
 from avmae_fast.cli_doctor import add_doctor
-from avmae_fast.cli_run import steps_range
+from avmae_fast.cli_training import add_training_options, configured, fail, run_training
 
 _BAD_INPUT = 2
-_NOT_FINITE = 70  # EX_SOFTWARE
-_CANNOT_WRITE = 73  # EX_CANTCREAT
 _INTERRUPTED = 130
 
 _EXIT_CODES = (
@@ -68,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not isinstance(error, _input_errors()):
             raise
-        return _fail(error, getattr(error, "exit_code", _BAD_INPUT))
+        return fail(error, getattr(error, "exit_code", _BAD_INPUT))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,30 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     parser.description = "Pretrain a model as a TOML file or a preset says."
-    parser.add_argument("config", metavar="CONFIG", help="a TOML file, or the name of a preset")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="set one field, as in --set train.batch=16; may be repeated",
-    )
-    parser.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="the same bits in every run on one machine, as --set train.deterministic=true",
-    )
-    parser.add_argument(
-        "--profile", metavar="FIRST:LAST", type=steps_range, help="trace these steps, as in 20:25"
-    )
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoint in train.out"
-    )
-    again.add_argument(
-        "--restart", action="store_true", help="delete the run in train.out and start anew"
-    )
+    add_training_options(parser, "train.batch=16")
     parser.set_defaults(run=_pretrain)
 
 
@@ -151,33 +123,10 @@ def _add_probe(parser: argparse.ArgumentParser) -> None:
 def _pretrain(args: argparse.Namespace) -> int:
     from avmae_fast.config_file import load_config
 
-    # Before torch is imported: a typing error is told at once.
-    overrides = args.overrides + ["train.deterministic=true"] * args.deterministic
-    config = load_config(args.config, overrides)
-    # Read when torch loads its thread pool. Threads that spin while they wait make a CPU run ten
-    # times slower as soon as another program wants a core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    config = configured(args, load_config)
     from avmae_fast.train.pretrain import pretrain
 
     return run_training(args, pretrain, config)
-
-
-def run_training(args: argparse.Namespace, train: Callable[..., Any], config: Any) -> int:
-    """Run `pretrain` or `finetune` as the options say; returns the program's exit code."""
-    from avmae_fast.train.guard import NonFiniteError
-    from avmae_fast.train.run_folder import OutputError
-
-    try:
-        outcome = train(config, resume=args.resume, restart=args.restart, profile=args.profile)
-    except NonFiniteError as error:
-        return _fail(error, _NOT_FINITE)
-    except OutputError as error:
-        return _fail(error, _CANNOT_WRITE)
-    if outcome.exit_code is None:
-        return 0
-    kept = [word for word in args.argv if word not in ("--resume", "--restart")]
-    print(f"stopped after step {outcome.step}; go on with\n  {_command(*kept, '--resume')}")
-    return outcome.exit_code
 
 
 def _synth(args: argparse.Namespace) -> int:
@@ -189,7 +138,7 @@ def _synth(args: argparse.Namespace) -> int:
     names = ("clips", "classes", "seed", "seconds", "size", "fps", "distractors", "workers")
     options |= {name: value for name in names if (value := getattr(args, name)) is not None}
     if "clips" not in options:
-        return _fail("clips is not set: give --clips N, or --preset", _BAD_INPUT)
+        return fail("clips is not set: give --clips N, or --preset", _BAD_INPUT)
     with tqdm(desc="clips", unit="clip", disable=None) as bar:
 
         def show(done: int, clips: int) -> None:
@@ -200,7 +149,7 @@ def _synth(args: argparse.Namespace) -> int:
             manifest = synthesise(args.out, **options, progress=show)  # type: ignore[arg-type]
         except ValueError as error:
             bar.leave = False
-            return _fail(error, _BAD_INPUT)
+            return fail(error, _BAD_INPUT)
     print(f"{manifest}: {options['clips']} clips")
     return 0
 
@@ -211,19 +160,9 @@ def _probe_files(args: argparse.Namespace) -> int:
     return 1 if print_report(args.folder, args.reader) else 0
 
 
-def _fail(error: object, code: int) -> int:
-    """Print what went wrong as one paragraph."""
-    print(f"avmae: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
-
-
 def _input_errors() -> tuple[type[BaseException], ...]:
     loaded = sys.modules
     return tuple(getattr(loaded[m], name) for m, name in _INPUT_ERRORS.items() if m in loaded)
-
-
-def _command(*words: str) -> str:
-    return shlex.join(["avmae", *words])
 
 
 def _version() -> str:

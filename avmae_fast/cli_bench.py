@@ -3,6 +3,8 @@
 import argparse
 import os
 
+from avmae_fast.cli_training import add_overrides
+
 _DESCRIPTION = (
     "Load training clips from the files of a manifest with every combination of reader, workers "
     "and windows a record, and say how fast they come, where a worker's time goes (ms a clip) and "
@@ -18,14 +20,7 @@ def add_bench_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", default="audioset-B", help="a preset or a TOML file (audioset-B)"
     )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="set one field of it, as in --set data.fps=8; may be repeated",
-    )
+    add_overrides(parser, "set one field of it, as in --set data.fps=8; may be repeated")
     parser.add_argument("--readers", default="auto", help="as in pyav,torchcodec (auto)")
     parser.add_argument("--workers", default=f"1,{cores}", help=f"as in 1,2,4 (1,{cores})")
     parser.add_argument("--repeats", default="1,4", help="windows a record, as in 1,2,4 (1,4)")

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from avmae_fast.cli_run import steps_range
+from avmae_fast.cli_training import add_training_options, configured, run_training
 
 
 def add_commands(commands: Any) -> None:
@@ -27,30 +26,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
         "finetune.init: a pretraining run, an encoder, a checkpoint or a weights file; what went "
         "where is printed, and kept in transfer.txt of the run."
     )
-    parser.add_argument("config", metavar="CONFIG", help="a TOML file, or the name of a preset")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="set one field, as in --set finetune.init=runs/first; may be repeated",
-    )
-    parser.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="the same bits in every run on one machine, as --set train.deterministic=true",
-    )
-    parser.add_argument(
-        "--profile", metavar="FIRST:LAST", type=steps_range, help="trace these steps, as in 20:25"
-    )
-    again = parser.add_mutually_exclusive_group()
-    again.add_argument(
-        "--resume", action="store_true", help="go on from the newest checkpoint in train.out"
-    )
-    again.add_argument(
-        "--restart", action="store_true", help="delete the run in train.out and start anew"
-    )
+    add_training_options(parser, "finetune.init=runs/first")
     parser.set_defaults(run=_finetune)
 
 
@@ -124,12 +100,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
 def _finetune(args: argparse.Namespace) -> int:
     from avmae_fast.config_file import load_finetune_config
 
-    # Before torch is imported: a typing error is told at once.
-    overrides = args.overrides + ["train.deterministic=true"] * args.deterministic
-    config = load_finetune_config(args.config, overrides)
-    # As for `avmae pretrain`: threads that spin while they wait slow a busy CPU down tenfold.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from avmae_fast.cli import run_training
+    config = configured(args, load_finetune_config)
     from avmae_fast.train.finetune import finetune
 
     return run_training(args, finetune, config)

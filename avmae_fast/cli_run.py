@@ -21,16 +21,6 @@ def add_commands(commands: Any) -> None:
     replay.set_defaults(run=_replay)
 
 
-def steps_range(text: str) -> tuple[int, int]:
-    """`FIRST:LAST` as two step numbers, for argparse."""
-    first, separator, last = text.partition(":")
-    if not separator or not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not valid: it must be FIRST:LAST, two step numbers from 1 on, as in 20:25"
-        )
-    return int(first), int(last)
-
-
 def _report(args: argparse.Namespace) -> int:
     from avmae_fast.train.pretrain import report
 
