@@ -24,7 +24,7 @@ from avmae_fast.reference import ReferenceClassifier
 from avmae_fast.reference.preprocess import normalise_frames
 from benchmarks import device as devices
 from benchmarks import results, timing
-from benchmarks.peers import peak_of
+from benchmarks.peers import add_times
 from benchmarks.step_rows import autocast
 
 _CLASSES = 527
@@ -67,20 +67,7 @@ def measure(args: argparse.Namespace, result: results.Result, deadline: results.
                 calls[row] = step
             except Exception as error:
                 result.skip(error, **names, row=row)
-        sample_s, warm_up_s = (0.5, 1.0) if device.type == "cuda" else (0.01, 0.0)
-        times = timing.in_turn(
-            calls, device, sets=1, rounds=4, sample_s=sample_s, warm_up_s=warm_up_s
-        )
-        for row, found in times.items():
-            result.add(
-                **names,
-                row=row,
-                ms=1e3 * found.median_s,
-                ms_lower=1e3 * found.lower_quartile_s,
-                ms_upper=1e3 * found.upper_quartile_s,
-                clips_per_s=batch / found.median_s,
-                peak_bytes=peak_of(calls[row], device),
-            )
+        add_times(result, calls, batch, "row", names)
         calls.clear()
         devices.release(device)
 

@@ -204,7 +204,6 @@ def _stepper(built: Built, device: torch.device) -> timing.Call:
 
 def measure(args: argparse.Namespace, result: results.Result, deadline: results.Deadline) -> None:
     device = result.device
-    fast = device.type == "cuda"
     result.extra["peer_versions"] = harness.versions("transformers", "timm")
     for contest in contests(args.model, args.tiny):
         batch = 2 if args.tiny else args.batch
@@ -228,25 +227,35 @@ def measure(args: argparse.Namespace, result: results.Result, deadline: results.
                 result.skip(str(error), **names, candidate=name)
             except Exception as error:
                 result.skip(error, **names, candidate=name)
-        sample_s, warm_up_s = (0.5, 1.0) if fast else (0.01, 0.0)
-        times = timing.in_turn(
-            calls, device, sets=1, rounds=4, sample_s=sample_s, warm_up_s=warm_up_s
-        )
-        for name, found in times.items():
-            result.add(
-                **names,
-                candidate=name,
-                ms=1e3 * found.median_s,
-                ms_lower=1e3 * found.lower_quartile_s,
-                ms_upper=1e3 * found.upper_quartile_s,
-                clips_per_s=batch / found.median_s,
-                peak_bytes=peak_of(calls[name], device),
-            )
+        add_times(result, calls, batch, "candidate", names)
         calls.clear()
         devices.release(device)
 
 
-def peak_of(step: timing.Call, device: torch.device) -> int | None:
+def add_times(
+    result: results.Result,
+    calls: dict[str, timing.Call],
+    batch: int,
+    column: str,
+    names: dict[str, Any],
+) -> None:
+    """Time training steps in turn, and add a row for each with its name in `column`."""
+    device = result.device
+    sample_s, warm_up_s = (0.5, 1.0) if device.type == "cuda" else (0.01, 0.0)
+    times = timing.in_turn(calls, device, sets=1, rounds=4, sample_s=sample_s, warm_up_s=warm_up_s)
+    for name, found in times.items():
+        result.add(
+            **names,
+            **{column: name},
+            ms=1e3 * found.median_s,
+            ms_lower=1e3 * found.lower_quartile_s,
+            ms_upper=1e3 * found.upper_quartile_s,
+            clips_per_s=batch / found.median_s,
+            peak_bytes=_peak(calls[name], device),
+        )
+
+
+def _peak(step: timing.Call, device: torch.device) -> int | None:
     """Bytes a step takes beyond what all candidates hold between steps."""
     if device.type != "cuda":
         return None
