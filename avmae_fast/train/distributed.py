@@ -159,8 +159,13 @@ def like(tensor: Tensor, value: Tensor) -> Tensor:
     return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
+def has_peers() -> bool:
+    """Whether other processes wait for this one."""
+    return dist.is_initialized()
+
+
 def average(values: Tensor) -> None:
     """Replace values by their mean over all processes; one that is not finite stays so."""
-    if dist.is_initialized():
+    if has_peers():
         dist.all_reduce(values)
         values /= dist.get_world_size()

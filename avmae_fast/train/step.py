@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from avmae_fast.models import AudiovisualMAE, TokenMask, TrainedClassifier
-from avmae_fast.train.distributed import average, gradients_stay, like, whole
+from avmae_fast.train.distributed import average, gradients_stay, has_peers, like, whole
 from avmae_fast.train.optim import ReleasedAdamW, set_learning_rate
 from avmae_fast.train.sgd import ReleasedSGD, clip_to_norm
 
@@ -73,11 +73,12 @@ class TrainStep:
             try:
                 inputs = next(micro_batches)
             except Exception as raised:
-                if self.called is self.model or self._last is None:
+                if self._last is None:
                     raise
                 error, inputs = raised, self._last
             self._backward(inputs, number == 0, number == self.accumulate - 1)
-            self._last = inputs if self.called is not self.model else None
+            # Kept for the others' sake alone.
+            self._last = inputs if has_peers() else None
         self._tally[-2].fill_(float(stop_asked))
         self._tally[-1].fill_(float(error is not None))
         values = self._update()

@@ -147,8 +147,9 @@ def _without_batches(config: Config, after: int, rank: int) -> tuple[int, int | 
         ClipLoader.__iter__ = iterate  # type: ignore[method-assign]
 
 
-def test_one_without_data_ends_all(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = _run_of(make_config, tmp_path / "run")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_one_without_data_ends_all(make_config: MakeConfig, tmp_path: Path, parallel: str) -> None:
+    config = _run_of(make_config, tmp_path / "run", parallel=parallel)
     first, second = run_processes(2, _without_batches, config, 4, 1)
     assert isinstance(first, PeerFailed) and "step 5" in str(first)
     assert isinstance(second, TooManyBadFiles)
