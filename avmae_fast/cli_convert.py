@@ -2,6 +2,12 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from avmae_fast.cli_training import add_overrides
+
+if TYPE_CHECKING:
+    from avmae_fast.interop.finetuned import FinetunedRun
 
 _FORMATS = (
     "avmae (folder), scenic (Flax msgpack), timm (also DeiT, DINO), mae, mae-st, audiomae, "
@@ -32,6 +38,14 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--audio-frames", type=int, default=1000, help="scenic: rows of sound")
     parser.add_argument("--fusion", choices=("early", "shared"), help="scenic: of a single stack")
     parser.add_argument("--decoding", choices=("shared", "joint"), default="shared", help="scenic")
+    parser.add_argument(
+        "--classifier",
+        metavar="CONFIG",
+        help="scenic: make a whole classifier of a fine-tuned checkpoint, which this preset or "
+        "TOML file of a fine-tuning run describes, as audioset-ft-av; its data.manifest names "
+        "the classes",
+    )
+    add_overrides(parser, "of --classifier: set one field, as in --set model.fusion_layer=16")
     parser.add_argument("--encoder-only", action="store_true", help="leave the decoder out")
     parser.add_argument(
         "--resize",
@@ -51,6 +65,7 @@ def _convert(args: argparse.Namespace) -> int:
 
     size = tuple(args.size) if args.size else None
     wishes = Wishes(
+        classifier=_finetuned_run(args),
         shape=Shape(
             heads=args.heads,
             decoder_heads=args.decoder_heads,
@@ -75,3 +90,22 @@ def _convert(args: argparse.Namespace) -> int:
     print("\n".join(notes))
     print(f"{args.out}: {args.write_as}")
     return 0
+
+
+def _finetuned_run(args: argparse.Namespace) -> "FinetunedRun | None":
+    """What --classifier and --set say."""
+    from avmae_fast.interop.entries import ConvertError
+
+    if args.classifier is None:
+        if args.overrides:
+            raise ConvertError("--set belongs to --classifier CONFIG, which is absent")
+        return None
+    from avmae_fast.config_file import load_finetune_config
+    from avmae_fast.data.manifest import load_manifest
+    from avmae_fast.interop.finetuned import FinetunedRun
+    from avmae_fast.train.targets import check_classes
+
+    config = load_finetune_config(args.classifier, args.overrides)
+    manifest = load_manifest(config.data.manifest)
+    check_classes(manifest, config.model.heads)
+    return FinetunedRun(config, manifest.classes)

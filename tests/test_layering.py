@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "models": {"config_file"},
     "acceleration": set(),
     "reference": set(),
-    "interop": {"models"},
+    "interop": {"models", "config_file"},
     "data": set(),
     "train": {"models", "data", "interop", "config_file"},
 }

@@ -21,14 +21,20 @@ from avmae_fast.interop.detect import FORMATS, detect
 from avmae_fast.interop.entries import ConvertError, to_theirs
 from avmae_fast.interop.exchange import Imported, export_weights, import_weights
 from avmae_fast.interop.files import is_flax, read_tree, read_weights, write_bytes, write_weights
+from avmae_fast.interop.finetuned import (
+    FinetunedRun,
+    export_classifier,
+    import_classifier,
+    is_classifier,
+)
 from avmae_fast.interop.flax_msgpack import pack_tree
 from avmae_fast.interop.scenic import entries_of, read_leaves
 from avmae_fast.interop.scenic_files import (
     ScenicShape,
     checkpoint,
     classifier_encoder_entries,
+    family_of,
     finetuned_config,
-    is_finetuned,
     parameters,
     pretraining_config,
     split_classifier,
@@ -44,10 +50,14 @@ _FOLDERS = (OURS, "hf-vit", "hf-vitmae", "hf-videomae")
 
 @dataclass(frozen=True, kw_only=True)
 class Wishes:
-    """What the caller says about the weights; see `import_weights` and `ScenicShape`."""
+    """What the caller says about the weights; see `import_weights` and `ScenicShape`.
+
+    classifier: makes a classifier of a fine-tuned checkpoint of the authors' code.
+    """
 
     shape: Shape = Shape()
     scenic: ScenicShape = ScenicShape()
+    classifier: FinetunedRun | None = None
     pixels: str | None = None
     encoder_only: bool = False
     resize_to: tuple[int, ...] | None = None
@@ -78,9 +88,25 @@ def convert(
             raise ConvertError(f"{field} {value!r} is not one of {', '.join(ALL_FORMATS)}")
     if out.exists():
         raise FileExistsError(f"{out} exists: it is not overwritten")
+    if wishes.classifier is not None:
+        _require_way(read_as or SCENIC, write_as, SCENIC, OURS)
+        return import_classifier(read_tree(source), wishes.classifier, out)
+    if is_classifier(source):
+        _require_way(read_as or OURS, write_as, OURS, SCENIC)
+        write_bytes(out, pack_tree(export_classifier(source)))
+        return [f"{source} is a classifier of ours"]
     found, model = _read(source, read_as, wishes)
     notes = [f"{source} is {found}" + ("" if read_as else ", told by its names"), *model.notes]
     return notes + _write(out, model, write_as, wishes)
+
+
+def _require_way(read_as: str, write_as: str, source: str, target: str) -> None:
+    """Raise ConvertError for a way that classifiers do not go."""
+    if (read_as, write_as) != (source, target):
+        raise ConvertError(
+            f"--from {read_as!r} --to {write_as!r} is not a way for a whole classifier: one of "
+            f"ours goes to {SCENIC!r}, a fine-tuned checkpoint with --classifier from {SCENIC!r}"
+        )
 
 
 def _read(source: Path, read_as: str | None, wishes: Wishes) -> tuple[str, Imported]:
@@ -122,7 +148,7 @@ def import_scenic(tree: Any, shape: ScenicShape) -> Imported:
     """
     leaves = parameters(tree)
     left_out: dict[str, Any] = {}
-    if is_finetuned(leaves):
+    if family_of(leaves):
         leaves, left_out = split_classifier(leaves)
         config, embedding = finetuned_config(leaves, shape)
         entries = classifier_encoder_entries(config, embedding)

@@ -32,10 +32,12 @@ from avmae_fast.interop.scenic import (
     norm_entries,
     token_entry,
 )
+from avmae_fast.interop.scenic_classifier import Family
 
 Leaves = Mapping[str, NDArray | Tensor]
 
 _CLASSIFIER = "ProjectionHeadAndClassifier_0/"
+_VIVIT_HEAD = ("output_projection/", "pre_logits/")
 # One and the same embedding in checkpoints of two generations of the fine-tuning code.
 _INTERNAL, _PUBLIC = "embedding_spec/", "embedding_spectrogram/"
 _ATTENTION = "MultiHeadDotProductAttention_0/query/kernel"
@@ -93,9 +95,11 @@ def checkpoint(leaves: Leaves, step: int, finetuned: bool) -> Tree:
     }
 
 
-def is_finetuned(leaves: Leaves) -> bool:
-    """Whether the tree is a classifier's."""
-    return any(name.startswith(_CLASSIFIER) for name in leaves)
+def family_of(leaves: Leaves) -> Family | None:
+    """Which of the authors' classifiers the tree belongs to; None for a pretraining tree."""
+    if any(name.startswith(_CLASSIFIER) for name in leaves):
+        return "mbt"
+    return "vivit" if _VIVIT_HEAD[0] + "kernel" in leaves else None
 
 
 def pretraining_config(leaves: Leaves, shape: ScenicShape) -> ModelConfig:
@@ -141,11 +145,12 @@ def finetuned_config(leaves: Leaves, shape: ScenicShape) -> tuple[ModelConfig, s
     if any(_PUBLIC in name for name in leaves) and "embedding/kernel" in leaves:
         raise ConvertError(
             "this classifier fuses video and audio by bottleneck tokens, which an encoder of ours "
-            "has not; classifier_from_scenic(parameters(tree), config) makes a Classifier of it"
+            "has not: --classifier CONFIG, as in --classifier audioset-ft-av, makes a classifier "
+            "of it"
         )
     m: Modality = "video" if _ndim(leaves, "embedding/kernel") == 5 else "audio"
     embedding = "embedding" if "embedding/kernel" in leaves else _PUBLIC.rstrip("/")
-    stack = _stack(leaves, "Transformer", _depth(leaves, "Transformer"))
+    stack = classifier_stack(leaves)
     inputs = {"video": None, "audio": None}
     spec = (_video if m == "video" else _audio)(leaves, embedding, shape)
     config = ModelConfig(
@@ -156,6 +161,11 @@ def finetuned_config(leaves: Leaves, shape: ScenicShape) -> tuple[ModelConfig, s
         **{**inputs, m: spec},  # type: ignore[arg-type]
     )
     return config, embedding
+
+
+def classifier_stack(leaves: Leaves) -> StackConfig:
+    """Width, depth and heads of a classifier's encoder."""
+    return _stack(leaves, "Transformer", _depth(leaves, "Transformer"))
 
 
 def classifier_encoder_entries(config: ModelConfig, embedding: str) -> list[Entry]:
@@ -174,7 +184,8 @@ def classifier_encoder_entries(config: ModelConfig, embedding: str) -> list[Entr
 
 def split_classifier(leaves: Leaves) -> tuple[dict[str, Any], dict[str, Any]]:
     """The encoder's leaves, and the classifier's own: its head, and bottlenecks it never uses."""
-    own = {n: x for n, x in leaves.items() if n.startswith(_CLASSIFIER) or n == "bottleneck"}
+    head = (_CLASSIFIER, *_VIVIT_HEAD)
+    own = {n: x for n, x in leaves.items() if n.startswith(head) or n == "bottleneck"}
     return {n: x for n, x in leaves.items() if n not in own}, own
 
 
