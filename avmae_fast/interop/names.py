@@ -5,7 +5,7 @@ are stacked (query, key, value); `-` is a part that they do not have.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from avmae_fast.config import Modality, TargetNorm
 
@@ -120,6 +120,25 @@ _MAE_DECODER = Decoder(
     head="decoder_pred",
     heads=_MAE_HEADS,
 )
+_VIDEOMAE_DECODER = Decoder(
+    embed="encoder_to_decoder",
+    mask_token="mask_token",
+    positions=None,
+    block="decoder.blocks.{}",
+    norm="decoder.norm",
+    head="decoder.head",
+    heads={192: 3, 384: 6, 512: 8, 640: 8},
+    embed_bias=False,
+)
+# What transformers 5 calls the parts of a layer, as it did before.
+_HF_RENAMES = (
+    (r"\.attention\.q_proj\.", ".attention.attention.query."),
+    (r"\.attention\.k_proj\.", ".attention.attention.key."),
+    (r"\.attention\.v_proj\.", ".attention.attention.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
 _CLASSIFIER = ("head.*", "head_dist.*", "fc_norm.*", "pre_logits.*")
 
 NAMES: dict[str, Names] = {
@@ -192,16 +211,7 @@ NAMES: dict[str, Names] = {
         norm="encoder.norm",
         positions="encoder.pos_embed",
         computed="sincos1d",
-        decoder=Decoder(
-            embed="encoder_to_decoder",
-            mask_token="mask_token",
-            positions=None,
-            block="decoder.blocks.{}",
-            norm="decoder.norm",
-            head="decoder.head",
-            heads={192: 3, 384: 6, 512: 8, 640: 8},
-            embed_bias=False,
-        ),
+        decoder=_VIDEOMAE_DECODER,
         left_out=_CLASSIFIER,
         # Fine-tuned weights do without the prefix.
         renames=((r"^(patch_embed\.|blocks\.|norm\.|pos_embed$)", r"encoder.\1"),),
@@ -223,12 +233,7 @@ NAMES: dict[str, Names] = {
         renames=(
             (r"^(vit|deit)\.", ""),
             (r"^layers\.", "encoder.layer."),
-            (r"\.attention\.q_proj\.", ".attention.attention.query."),
-            (r"\.attention\.k_proj\.", ".attention.attention.key."),
-            (r"\.attention\.v_proj\.", ".attention.attention.value."),
-            (r"\.attention\.o_proj\.", ".attention.output.dense."),
-            (r"\.mlp\.fc1\.", ".intermediate.dense."),
-            (r"\.mlp\.fc2\.", ".output.dense."),
+            *_HF_RENAMES,
         ),
     ),
     "hf-vitmae": Names(
@@ -256,12 +261,7 @@ NAMES: dict[str, Names] = {
             (r"^vit\.layers\.", "vit.encoder.layer."),
             # What save_pretrained of transformers 5 makes of decoder_layers.
             (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
-            (r"\.attention\.q_proj\.", ".attention.attention.query."),
-            (r"\.attention\.k_proj\.", ".attention.attention.key."),
-            (r"\.attention\.v_proj\.", ".attention.attention.value."),
-            (r"\.attention\.o_proj\.", ".attention.output.dense."),
-            (r"\.mlp\.fc1\.", ".intermediate.dense."),
-            (r"\.mlp\.fc2\.", ".output.dense."),
+            *_HF_RENAMES,
         ),
         pixels="imagenet",
     ),
@@ -274,16 +274,7 @@ NAMES: dict[str, Names] = {
         rows=HF_VIDEOMAE_BLOCK,
         norm="videomae.layernorm",
         computed="sincos1d",
-        decoder=Decoder(
-            embed="encoder_to_decoder",
-            mask_token="mask_token",
-            positions=None,
-            block="decoder.decoder_layers.{}",
-            norm="decoder.norm",
-            head="decoder.head",
-            heads={192: 3, 384: 6, 512: 8, 640: 8},
-            embed_bias=False,
-        ),
+        decoder=replace(_VIDEOMAE_DECODER, block="decoder.decoder_layers.{}"),
         left_out=("classifier.*", "fc_norm.*"),
         renames=(
             (r"^(embeddings|encoder|layernorm)\.", r"videomae.\1."),
