@@ -1,9 +1,10 @@
 """The paper's claim in miniature: pretrain on clips without labels, fine-tune on a few with labels.
 
 On synthetic clips whose class is a shape that is seen and a material that is heard, with sounds
-from outside the picture mixed in: a classifier of sound alone or of video alone can tell four kinds
-apart, one of both all sixteen. Each is fine-tuned from the pretrained encoder and from scratch, for
-several label counts and seeds; a seed chooses the labelled clips, the head and the order of clips.
+from outside the picture mixed in: sound alone or video alone tells four kinds apart, of two classes
+each; both together tell all eight. A classifier of each is fine-tuned from the pretrained encoder
+and from scratch, for several label counts and seeds; a seed chooses the labelled clips, the head
+and the order of clips.
 
 `python -m benchmarks.downstream --folder downstream --json FILE`
 """
@@ -40,13 +41,14 @@ from avmae_fast.train.pretrain import pretrain
 from avmae_fast.train.score import HeadScores
 from benchmarks import harness
 
-CLASSES = 16
+CLASSES = 8
 KINDS = {"A": ("audio",), "V": ("video",), "AV": ("video", "audio")}
 STARTS = ("scratch", "pretrained")
 VIEWS = Views(temporal=2, spatial=1)
 
-# Data and model of all runs; the recipe is the demo's otherwise.
-CLIPS: dict[str, Any] = {"clips": 768, "classes": CLASSES, "seconds": 3.0, "size": 72}
+# Data and model of all runs; the recipe is the demo's otherwise. Nothing was chosen by how it does
+# on these clips: that was done on those of seed 0.
+CLIPS: dict[str, Any] = {"clips": 768, "classes": CLASSES, "seconds": 3.0, "size": 72, "seed": 1}
 CLIPS["distractors"] = 2
 MODEL = [
     "model.video.frames=8",
