@@ -113,12 +113,18 @@ def labelled(source: Manifest, path: Path, count: int, seed: int) -> Path:
     rng = np.random.default_rng([seed, count])
     train = source.select("train")
     labels = np.array([record.label for record in train])
+    rows: list[tuple[Path, int]] = []
+    for c in range(CLASSES):
+        of_class = np.flatnonzero(labels == c)
+        if len(of_class) < count:
+            raise harness.BenchmarkError(
+                f"--labels {count}: class {c} has {len(of_class)} training clips"
+            )
+        rows += [(train[int(i)].path, c) for i in rng.permutation(of_class)[:count]]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("path", "label"))
-        for c in range(CLASSES):
-            for i in rng.permutation(np.flatnonzero(labels == c))[:count]:
-                writer.writerow((train[int(i)].path, c))
+        writer.writerows(rows)
     return path
 
 
