@@ -80,7 +80,9 @@ def _add_retrieve(parser: argparse.ArgumentParser) -> None:
 def add_model_and_manifest(parser: argparse.ArgumentParser, model: str) -> None:
     """The arguments of a command that runs a model over the clips of a manifest."""
     parser.add_argument("model", metavar="RUN", type=Path, help=model)
-    parser.add_argument("manifest", metavar="MANIFEST", type=Path, help="a .csv or .jsonl file")
+    parser.add_argument(
+        "manifest", metavar="MANIFEST", type=Path, help="a .csv or .jsonl file, or packed clips"
+    )
     _add_running(parser)
 
 

@@ -263,8 +263,9 @@ class ShardIndexTarget:
         self._path.write_bytes(_damaged(self._good, change_index, rng))
         manifest = load_manifest(self._path)
         manifest.select("val")
-        for record in manifest:
+        for number, record in enumerate(manifest):
             assert -1 <= record.label < len(manifest.classes), record
+            assert set(manifest.labels(number)) <= set(range(len(manifest.classes))), record
             assert record.path.parent.parent == self._path.parent, record
         first = manifest[0]
         assert isinstance(first, ShardRecord)

@@ -120,13 +120,13 @@ def change_safetensors(data: bytes, rng: random.Random) -> bytes:
 
 def change_index(data: bytes, rng: random.Random) -> bytes:
     """Change the header of an index of packed clips, its rows, or the sizes in its head."""
-    head = struct.Struct("<8sIIQQ")
-    magic, version, size, rows, offsets = head.unpack_from(data)
+    head = struct.Struct("<8sIIQQQ")
+    magic, version, size, *counts = head.unpack_from(data)
     text, body = data[head.size : head.size + size], bytearray(data[head.size + size : -4])
     what = rng.randrange(4)
     if what == 0:
-        sizes = [0, 1, size, rows, offsets, 2**31, 2**32 - 1]
-        size, rows, offsets = (rng.choice([n, n, *sizes]) for n in (size, rows, offsets))
+        sizes = [0, 1, size, *counts, 2**31, 2**32 - 1]
+        size, *counts = (rng.choice([n, n, *sizes]) for n in (size, *counts))
     elif what == 1:
         text = change_json(text, rng)
         size = len(text)
@@ -135,7 +135,7 @@ def change_index(data: bytes, rng: random.Random) -> bytes:
         body[at : at + 8] = rng.choice(
             [b"\xff" * 8, bytes(8), b"\x01" + bytes(7), rng.randbytes(8)]
         )
-    body = bytearray(head.pack(magic, version, size, rows, offsets) + text + body)
+    body = bytearray(head.pack(magic, version, size, *counts) + text + body)
     return bytes(body) + zlib.crc32(body).to_bytes(4, "little")
 
 

@@ -205,7 +205,7 @@ def match_cav_mae(
 
 
 def match_webdataset(folder: Path, out: Path, split: str = "train") -> MadeManifest:
-    """The media in the tars of a folder; labels from KEY.cls or from `label` in KEY.json."""
+    """The media in the tars of a folder; labels from KEY.cls, `labels` or `label` of KEY.json."""
     made = MadeManifest()
     members: dict[str, set[str]] = {}
     for path in sorted(path for path in media_paths(folder) if ".tar/" in path):
@@ -233,7 +233,8 @@ def _member_labels(tar: Path, name: str, members: set[str]) -> tuple[str, ...]:
         return (_member_text(tar / f"{key}.cls").strip(),)
     if f"{key}.json" in members:
         content = json.loads(_member_text(tar / f"{key}.json"))
-        label = content.get("label") if isinstance(content, dict) else None
+        fields = content if isinstance(content, dict) else {}
+        label = fields.get("labels") or fields.get("label")
         listed = label if isinstance(label, list) else [] if label is None else [label]
         return tuple(str(item) for item in listed)
     return ()

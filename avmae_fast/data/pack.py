@@ -6,7 +6,6 @@ on after the last finished shard.
 """
 
 import errno
-import logging
 import os
 import shutil
 import time
@@ -38,15 +37,6 @@ class Estimate:
 
 def _ignore(_: object) -> None:
     pass
-
-
-def _warn_of_lost_labels(clips: FileManifest) -> None:
-    several = sum(len(clips.labels(i)) > 1 for i in range(len(clips)))
-    if several:
-        logging.getLogger(__name__).warning(
-            "%s: %d of %d clips have several labels; packed clips keep one, so these get none",
-            clips.source, several, len(clips),
-        )  # fmt: skip
 
 
 def pack(
@@ -81,7 +71,6 @@ def pack(
     clips = load_manifest(manifest)
     if not isinstance(clips, FileManifest):
         raise PackError(f"{clips.source} is packed already: give the manifest of the media files")
-    _warn_of_lost_labels(clips)
     jobs = len(os.sched_getaffinity(0)) if jobs is None else jobs
     if jobs < 1:
         raise PackError(f"jobs = {jobs!r} is not valid: it must be at least 1")

@@ -95,12 +95,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class Listed:
-    """A row of a manifest: its number, its record, and path, label and split as written there."""
+    """A row of a manifest: its number, its record, and path, labels and split as written there."""
 
     number: int
     record: Record
     path: str
-    label: str | None
+    labels: tuple[str, ...]
     split: str
 
 
@@ -187,10 +187,14 @@ def _sound(reader: ClipReader, part: Segment) -> NDArray[np.int16] | None:
 
 
 def describe(row: Listed, part: Segment, packed: Packed, options: PackOptions) -> bytes:
-    """The json member: where the record comes from and what it holds, for other programs."""
+    """The json member: where the record comes from and what it holds, for other programs.
+
+    Its `label` is the only one, null where there is none or several; `labels` lists all.
+    """
     fields = {
         "source": row.path,
-        "label": row.label,
+        "label": row.labels[0] if len(row.labels) == 1 else None,
+        "labels": row.labels,
         "split": row.split,
         **asdict(part),
         "fps": options.fps,

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from avmae_fast.data.label_sets import LabelSets
 from avmae_fast.data.manifest import FileManifest
 from avmae_fast.data.pack_clips import GOP, PackError, PackOptions
 from avmae_fast.data.shard_index import INDEX_NAME, ROW, Index, read_index, write_whole
@@ -30,7 +31,8 @@ from avmae_fast.data.shard_writer import index_beside
 _PACK = "pack.json"
 _FAILED = "failed.jsonl"
 _LOCK = ".lock"
-_FORMAT = 1
+# 1 kept one label a record.
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,15 @@ def _is_ours(name: str) -> bool:
 def _require_same(record: Path, job: dict[str, Any], options: PackOptions) -> None:
     try:
         found = json.loads(record.read_text())
-        stored, manifest = found["options"], found["manifest"]
+        stored, manifest, version = found["options"], found["manifest"], found["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise PackError(f"{record} is damaged: delete its folder and pack again") from error
+    if version != _FORMAT:
+        raise PackError(
+            f"{record.parent} was packed in format {version!r}, this program writes {_FORMAT}: "
+            "choose another folder or delete this one; a finished one of format 1 can be used as "
+            "it is, with one label a clip"
+        )
     differ = options.differing(stored)
     if manifest != job["manifest"]:
         differ.append("the manifest lists other clips")
@@ -113,7 +121,8 @@ def digest(manifest: FileManifest) -> str:
     """SHA-256 of all that a manifest says, wherever it lies."""
     state = hashlib.sha256(json.dumps(manifest.classes).encode())
     for number, record in enumerate(manifest):
-        row = (*manifest.as_listed(number), record.label, record.start_s, record.end_s)
+        labels = manifest.labels(number)
+        row = (*manifest.as_listed(number), labels, record.start_s, record.end_s)
         state.update(json.dumps(row).encode())
     return state.hexdigest()
 
@@ -176,4 +185,5 @@ def merged(header: dict[str, Any], names: Sequence[str], parts: Sequence[Index])
         offsets.append(part.offsets)
         count += len(part.offsets)
     header = {**header, "shards": shards, "decoders": decoders}
-    return Index(header, np.concatenate(rows), np.concatenate(offsets))
+    labels = LabelSets.joined([part.labels for part in parts])
+    return Index(header, np.concatenate(rows), np.concatenate(offsets), labels)

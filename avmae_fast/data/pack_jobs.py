@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from avmae_fast.data.clip import ClipError
-from avmae_fast.data.manifest import SPLITS, UNKNOWN_LABEL, FileManifest
+from avmae_fast.data.manifest import SPLITS, FileManifest
 from avmae_fast.data.pack_clips import (
     Listed,
     PackError,
@@ -79,11 +79,9 @@ class Job:
         return range(first, min(first + self.block_rows, len(self.manifest)))
 
     def row(self, number: int) -> Listed:
-        record = self.manifest[number]
-        known = record.label != UNKNOWN_LABEL
-        label = self.manifest.classes[record.label] if known else None
         path, split = self.manifest.as_listed(number)
-        return Listed(number, record, path, label, split)
+        labels = tuple(self.manifest.classes[label] for label in self.manifest.labels(number))
+        return Listed(number, self.manifest[number], path, labels, split)
 
 
 class _Counts:
@@ -230,6 +228,7 @@ def _add(
     shard.add(
         packed,
         describe(row, part, packed, job.options),
+        job.manifest.labels(row.number),
         clip=row.number,
         segment=number,
         label=row.record.label,

@@ -1,9 +1,12 @@
 """The index of packed clips: where each record's pictures and sound lie in the shards.
 
-A file is a head (8 bytes of magic, then version, length of the header, number of rows and of
-offsets as little-endian u32, u32, u64, u64), a JSON header padded to 64 bytes, the rows, the
-offsets, and the CRC-32 of all that. Every shard has such a file beside it and the folder has one
-of all shards. Rows and offsets are mapped, not read, so that workers share them.
+A file is a head (8 bytes of magic, then version, length of the header, number of rows, of offsets
+and of labels as little-endian u32, u32, u64, u64, u64), a JSON header padded to 64 bytes, the rows,
+where the labels of each end (i64), the offsets (u32), the labels (i32), and the CRC-32 of all that.
+Every shard has such a file beside it and the folder has one of all shards. All but the header is
+mapped, not read, so that workers share it.
+
+Version 1 keeps one label a record: neither labels nor their number are in it. It is still read.
 """
 
 import json
@@ -12,24 +15,29 @@ import os
 import struct
 import zlib
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from avmae_fast.data.manifest import ManifestError
+from avmae_fast.data.label_sets import LabelSets
+from avmae_fast.data.manifest import UNKNOWN_LABEL, ManifestError
 
 INDEX_NAME = "index.avmae"
 SHARD_SUFFIX = ".tar"
 
 _MAGIC = b"AVMAEIDX"
-_VERSION = 1
-_HEAD = struct.Struct("<8sIIQQ")
+_VERSION = 2
+_HEADS = {1: struct.Struct("<8sIIQQ"), 2: struct.Struct("<8sIIQQQ")}
+# What all heads begin with: magic and version.
+_START = struct.Struct("<8sI")
 _ALIGN = 64
 
 # One record. `clip` and `segment` say which row of the manifest and which part of it this is;
 # `video_at` and `sound_at` are bytes in the tar: of the video member, and of the first sample.
+# `label` is the class of a record that has one alone, else -1.
 # `frames + 1` offsets from number `first_offset` on bound the coded pictures inside the member.
 # The CRC-32 of a video or of the json is of the whole member, that of a sound of its samples.
 ROW = np.dtype(
@@ -56,14 +64,23 @@ ROW = np.dtype(
     align=False,
 )
 
+_KINDS = {
+    "rows": ROW,
+    "label_ends": np.dtype("<i8"),
+    "offsets": np.dtype("<u4"),
+    "labels": np.dtype("<i4"),
+}
+_ARRAYS = {1: ("rows", "offsets"), 2: ("rows", "label_ends", "offsets", "labels")}
+
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """header: what holds for all rows; rows: [R] of `ROW`; offsets: uint32 [O]."""
+    """header: what holds for all rows; rows: [R] of `ROW`; offsets: uint32 [O]; labels: of rows."""
 
     header: dict[str, Any]
     rows: NDArray[np.void]
     offsets: NDArray[np.uint32]
+    labels: LabelSets
 
     def frame_offsets(self, row: np.void) -> NDArray[np.int64]:
         """Where the coded pictures of a record begin in its video member, and where they end.
@@ -78,10 +95,13 @@ class Index:
         return offsets
 
     def to_bytes(self) -> bytes:
+        head = _HEADS[_VERSION]
         text = json.dumps(self.header, sort_keys=True).encode()
-        text += b" " * (-(_HEAD.size + len(text)) % _ALIGN)
-        head = _HEAD.pack(_MAGIC, _VERSION, len(text), len(self.rows), len(self.offsets))
-        body = head + text + self.rows.tobytes() + self.offsets.tobytes()
+        text += b" " * (-(head.size + len(text)) % _ALIGN)
+        counts = (len(text), len(self.rows), len(self.offsets), len(self.labels.flat))
+        arrays = (self.rows, self.labels.ends, self.offsets, self.labels.flat)
+        body = head.pack(_MAGIC, _VERSION, *counts) + text
+        body += b"".join(array.tobytes() for array in arrays)
         return body + zlib.crc32(body).to_bytes(4, "little")
 
 
@@ -110,28 +130,43 @@ def read_index(path: Path, *, checksum: bool = False) -> Index:
     path = index_file(path)
     try:
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size < _HEAD.size:
+            if os.fstat(file.fileno()).st_size < _HEADS[_VERSION].size:
                 raise ManifestError(f"{path} is not an index of packed clips: it is too short")
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         remedy = f"; is {path.parent} packed to the end? `avmae pack` writes the index last"
         raise ManifestError(f"{path} cannot be read: {error.strerror}{remedy}") from error
-    magic, version, text, rows, offsets = _HEAD.unpack_from(data)
+    magic, version = _START.unpack_from(data)
     if magic != _MAGIC:
         raise ManifestError(f"{path} is not an index of packed clips")
-    if version != _VERSION:
-        raise ManifestError(f"{path} has format {version}, this program reads {_VERSION}")
-    first = _HEAD.size + text
-    end = first + rows * ROW.itemsize + offsets * 4
+    if version not in _HEADS:
+        raise ManifestError(
+            f"{path} has format {version}, this program reads 1 to {_VERSION}: update avmae_fast, "
+            "or pack again"
+        )
+    return _read(path, data, version, checksum)
+
+
+def _read(path: Path, data: mmap.mmap, version: int, checksum: bool) -> Index:
+    head, names = _HEADS[version], _ARRAYS[version]
+    _, _, text, rows, offsets, labels = (*head.unpack_from(data), 0)[:6]
+    counts = {"rows": rows, "label_ends": rows, "offsets": offsets, "labels": labels}
+    first = head.size + text
+    places = accumulate((_KINDS[name].itemsize * counts[name] for name in names), initial=first)
+    *starts, end = places
     if len(data) != end + 4:
         raise ManifestError(f"{path} has {len(data)} bytes, its head says {end + 4}: pack again")
     if checksum and zlib.crc32(memoryview(data)[:end]) != int.from_bytes(data[end:], "little"):
         raise ManifestError(f"{path} is damaged: its checksum is wrong")
-    return Index(
-        _header(path, data[_HEAD.size : first]),
-        np.frombuffer(data, ROW, rows, first),
-        np.frombuffer(data, np.uint32, offsets, first + rows * ROW.itemsize),
-    )
+    found = {
+        name: np.frombuffer(data, _KINDS[name], counts[name], start)
+        for name, start in zip(names, starts, strict=True)
+    }
+    if version == 1:
+        sets = LabelSets.of_single(found["rows"]["label"], UNKNOWN_LABEL)
+    else:
+        sets = LabelSets(found["labels"], found["label_ends"])
+    return Index(_header(path, data[head.size : first]), found["rows"], found["offsets"], sets)
 
 
 def _header(path: Path, text: bytes) -> dict[str, Any]:

@@ -72,7 +72,9 @@ class ShardManifest(Manifest):
             raise ManifestError(
                 f"{source} has the class {unknown[0]!r}, which is not one of the {len(names)} known"
             )
-        label_map = np.array([*(names.index(name) for name in own), UNKNOWN_LABEL], np.int64)
+        _require_labels(source, index)
+        numbers = {name: number for number, name in enumerate(names)}
+        label_map = np.array([*(numbers[name] for name in own), UNKNOWN_LABEL], np.int64)
         return cls(source, names, np.arange(len(index.rows), dtype=np.uint32), label_map)
 
     @cached_property
@@ -105,6 +107,10 @@ class ShardManifest(Manifest):
     def select(self, split: str) -> Self:
         chosen = self.index.rows["split"][self._chosen] == SPLITS.index(split)
         return type(self)(self.source, self.classes, self._chosen[chosen], self._label_map)
+
+    def labels(self, index: int) -> tuple[int, ...]:
+        own = self.index.labels.of_record(int(self._chosen[index]))
+        return tuple(self._label_map[list(own)].tolist())
 
     def __getitem__(self, index: int) -> ShardRecord:
         """Raises ManifestError where the index says what cannot be."""
@@ -164,6 +170,15 @@ def _require_header(source: Path, header: Mapping[str, Any]) -> None:
         ok = False
     if not ok:
         raise _damaged(source, "the header")
+
+
+def _require_labels(source: Path, index: Index) -> None:
+    """Every label of the index must be one of its classes."""
+    flat, ends = index.labels
+    ok = not len(flat) or 0 <= flat.min() <= flat.max() < len(index.header["classes"])
+    ok = ok and (np.diff(ends, prepend=0) >= 0).all() and ends[-1] == len(flat)
+    if not ok:
+        raise _damaged(source, "the list of labels")
 
 
 def _damaged(source: Path, what: str) -> ManifestError:

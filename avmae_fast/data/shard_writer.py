@@ -3,12 +3,14 @@
 import os
 import tarfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
+from avmae_fast.data.label_sets import LabelSets
 from avmae_fast.data.shard_encode import WAV_HEADER_BYTES, Packed
 from avmae_fast.data.shard_index import ROW, Index, key_of, sync_folder, write_whole
 
@@ -35,6 +37,7 @@ class ShardWriter:
         self._offsets: list[np.ndarray] = []
         self._offset_count = 0
         self._decoders: list[str] = []
+        self._labels: list[Sequence[int]] = []
         # Unbuffered: a full disk is met where something is written, not when the file is closed.
         self._file = self._partial.open("wb", buffering=0)
 
@@ -45,7 +48,7 @@ class ShardWriter:
         self._file.close()
         self._partial.unlink(missing_ok=True)
 
-    def add(self, packed: Packed, meta: bytes, **columns: object) -> None:
+    def add(self, packed: Packed, meta: bytes, labels: Sequence[int], **columns: object) -> None:
         """Append one record; `columns` are those fields of its row that the packer knows."""
         row = np.zeros((), ROW)
         for name, value in columns.items():
@@ -68,6 +71,7 @@ class ShardWriter:
         self._member(f"{key}.json", meta)
         self._offsets.append(packed.offsets)
         self._offset_count += len(packed.offsets)
+        self._labels.append(labels)
         self.rows.append(row)
 
     def _member(self, name: str, data: bytes) -> int:
@@ -94,7 +98,8 @@ class ShardWriter:
         header = header | {"bytes": self.size, "decoders": self._decoders}
         offsets = np.concatenate([np.zeros(0, np.uint32), *self._offsets]).astype(np.uint32)
         rows = np.array(self.rows, ROW)
-        write_whole(index_beside(self.path), Index(header, rows, offsets).to_bytes())
+        index = Index(header, rows, offsets, LabelSets.of(self._labels))
+        write_whole(index_beside(self.path), index.to_bytes())
         os.replace(self._partial, self.path)
         sync_folder(self.path.parent)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from avmae_fast.data.clip import AUDIO_RATE_HZ, ClipError
-from avmae_fast.data.manifest import UNKNOWN_LABEL, Manifest, Record, load_manifest
+from avmae_fast.data.manifest import Manifest, Record, load_manifest
 from avmae_fast.data.readers import open_record
 from avmae_kernels.logmel import log_mel
 
@@ -45,7 +45,10 @@ class Moments:
 
 @dataclass
 class ClipStats:
-    """log_mel: of the sound of records that have some; durations in seconds; records a label."""
+    """log_mel: of the sound of records that have some; durations in seconds.
+
+    labels: how many records have each; those that have none count as "none".
+    """
 
     log_mel: Moments = field(default_factory=Moments)
     durations_s: list[float] = field(default_factory=list)
@@ -94,15 +97,15 @@ def clip_stats(
     for done, record in enumerate(records, start=1):
         try:
             _add(stats, record)
-            stats.labels[_label(records, record)] += 1
+            stats.labels.update(_labels(records, done - 1))
         except ClipError as error:
             stats.bad.append(error)
         progress(done, len(records))
     return stats
 
 
-def _label(manifest: Manifest, record: Record) -> str:
-    return "none" if record.label == UNKNOWN_LABEL else manifest.classes[record.label]
+def _labels(manifest: Manifest, record: int) -> list[str]:
+    return [manifest.classes[label] for label in manifest.labels(record)] or ["none"]
 
 
 def _add(stats: ClipStats, record: Record) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import wave
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -27,7 +28,7 @@ from avmae_fast.data.pack import pack
 from avmae_fast.data.pack_clips import PackError, PackOptions, segments
 from avmae_fast.data.pack_folder import locked
 from avmae_fast.data.pack_jobs import Job
-from avmae_fast.data.shard_index import Index, key_of, read_index
+from avmae_fast.data.shard_index import key_of, read_index
 from avmae_fast.data.shard_reader import ShardReader
 
 OPTIONS = PackOptions(short_side=64, fps=10.0)
@@ -193,14 +194,14 @@ def test_stopped_at_every_write(clips, tmp_path, monkeypatch, shard_bytes):
     finished: dict[str, int] = {}
     while True:
 
-        def replace(source, target, stop_at=stops % 4):
-            if replace.calls == stop_at:
+        def rename(source, target, stop_at=stops % 4):
+            if rename.calls == stop_at:
                 raise _Stopped
-            replace.calls += 1
+            rename.calls += 1
             real(source, target)
 
-        replace.calls = 0
-        monkeypatch.setattr(os, "replace", replace)
+        rename.calls = 0
+        monkeypatch.setattr(os, "replace", rename)
         try:
             pack(manifest, out, OPTIONS, jobs=1, resume=True)
             break
@@ -405,7 +406,7 @@ def test_row_of_no_index(packed, tmp_path, column, value):
     index = read_index(packed)
     rows = index.rows.copy()
     rows[column][3] = value
-    damaged = Index(index.header, rows, index.offsets)
+    damaged = replace(index, rows=rows)
     (tmp_path / "index.avmae").write_bytes(damaged.to_bytes())
     manifest = load_manifest(tmp_path)
     assert manifest[2].label == 2
@@ -419,7 +420,7 @@ def test_record_beyond_its_shard(packed, tmp_path, value):
     index = read_index(packed)
     rows = index.rows.copy()
     rows["sound_at"][0] = value
-    damaged = Index(index.header, rows, index.offsets).to_bytes()
+    damaged = replace(index, rows=rows).to_bytes()
     (tmp_path / "packed" / "index.avmae").write_bytes(damaged)
     with ShardReader(load_manifest(tmp_path / "packed")[0]) as clip:
         with pytest.raises(ClipError, match="ends at byte .*, the record at"):

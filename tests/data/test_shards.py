@@ -181,7 +181,10 @@ def test_classes_of_another_manifest(shards):
     [
         (lambda data: data[:10], "too short"),
         (lambda data: b"x" + data[1:], "not an index"),
-        (lambda data: data[:8] + b"\x07" + data[9:], "has format 7, this program reads 1"),
+        (
+            lambda data: data[:8] + b"\x07" + data[9:],
+            "has format 7, this program reads 1 to 2: update avmae_fast",
+        ),
         (lambda data: data[:-100], "its head says"),
     ],
 )
