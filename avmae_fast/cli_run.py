@@ -13,8 +13,9 @@ def add_commands(commands: Any) -> None:
     report.set_defaults(run=_report)
     replay = commands.add_parser("replay-batch", help="look at the batch that stopped a run")
     replay.description = (
-        "Run the samples of the step that stopped a run one by one, and say which of them and "
-        "which layer is not finite. Exit code 1 if one is."
+        "Run the samples of the step that stopped a run, of pretraining or of fine-tuning, one by "
+        "one, and say which of them and which layer is not finite. Fine-tuning, which blends "
+        "samples, is also tried with all of a micro-batch. Exit code 1 if anything is not finite."
     )
     replay.add_argument("run_folder", metavar="RUN", type=Path, help="train.out of the run")
     replay.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -35,5 +36,5 @@ def _replay(args: argparse.Namespace) -> int:
     for one in replay(args.run_folder, args.device):
         broken += not one.finite
         print(one)
-    print(f"{broken} samples not finite" if broken else "every sample by itself is finite")
+    print(f"not finite: {broken}" if broken else "all samples are finite")
     return 1 if broken else 0

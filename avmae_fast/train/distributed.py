@@ -62,9 +62,13 @@ class World:
                 f"{train.accumulate * self.size}"
             )
 
+    def micro_batch(self, train: TrainConfig) -> int:
+        """Samples that a process has at a time."""
+        return train.batch // (train.accumulate * self.size)
+
     def arithmetic(self, train: TrainConfig) -> str:
         """How the batch of a step is put together."""
-        share = train.batch // (train.accumulate * self.size)
+        share = self.micro_batch(train)
         parts = f"{self.size} processes x {train.accumulate} micro-batches x {share}"
         return f"{train.batch} clips a step = {parts}"
 

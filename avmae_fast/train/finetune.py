@@ -11,7 +11,6 @@ from avmae_fast.data.manifest import Manifest, ManifestError
 from avmae_fast.finetune_config import FinetuneConfig
 from avmae_fast.interop.transfer import TransferError, transfer
 from avmae_fast.models import TrainedClassifier
-from avmae_fast.models.blocks import set_checkpoint
 from avmae_fast.train.classifier_folder import load_classifier, save_classifier
 from avmae_fast.train.distributed import World
 from avmae_fast.train.evaluate_classifier import Views, evaluate_classifier
@@ -22,7 +21,7 @@ from avmae_fast.train.inputs import Stage
 from avmae_fast.train.metrics import Metrics
 from avmae_fast.train.optim import ReleasedAdamW
 from avmae_fast.train.pretrain import Outcome, prepare, run_task
-from avmae_fast.train.recipe import check_kernels
+from avmae_fast.train.recipe import build_classifier, check_kernels
 from avmae_fast.train.run_folder import EVALUATION, TRANSFER, versions
 from avmae_fast.train.score import score_heads
 from avmae_fast.train.sgd import ReleasedSGD, adamw_groups, layerwise_groups
@@ -76,11 +75,8 @@ class _Finetuning(Task):
 
     def build(self, resumed: bool) -> TrainedClassifier:
         """Initialised by the run's seed, then by what was pretrained."""
-        train, recipe = self._run.train, self._run.finetune
         check_kernels(self._run.model, self.device, self.autocast)
-        torch.manual_seed(train.seed)
-        model = TrainedClassifier(self._run.model, recipe)
-        set_checkpoint(model, train.activation_checkpoint)
+        model = build_classifier(self._run)
         if not resumed:
             self._report = self._transfer(model)
         return model.to(self.device).train()

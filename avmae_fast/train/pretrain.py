@@ -353,7 +353,8 @@ def _note(run: _Run, guard: Guard, metrics: Metrics, reads: Iterable[Read]) -> b
         except NonFiniteError as error:
             weights = whole_weights(run.model, run.world.writes)
             if run.world.writes:
-                keep_failed(run.config.train.out, weights, error)
+                train = run.config.train
+                keep_failed(train.out, weights, error, run.world.micro_batch(train))
             raise
         if values is not None:
             metrics.add(values)

@@ -15,8 +15,8 @@ from avmae_fast.config import (
     TargetNorm,
     TrainConfig,
 )
-from avmae_fast.finetune_config import ClassifierConfig
-from avmae_fast.models import AudiovisualMAE
+from avmae_fast.finetune_config import ClassifierConfig, FinetuneConfig
+from avmae_fast.models import AudiovisualMAE, TrainedClassifier
 from avmae_fast.models.blocks import set_checkpoint
 from avmae_fast.train.distributed import World
 from avmae_fast.train.step import Autocast, CapturedStep, TrainStep
@@ -187,3 +187,11 @@ def build_model(config: Config, device: torch.device) -> AudiovisualMAE:
     model = AudiovisualMAE(config.model)
     set_checkpoint(model, config.train.activation_checkpoint)
     return model.to(device)
+
+
+def build_classifier(config: FinetuneConfig) -> TrainedClassifier:
+    """The classifier as the run's seed initialises it, on the CPU."""
+    torch.manual_seed(config.train.seed)
+    model = TrainedClassifier(config.model, config.finetune)
+    set_checkpoint(model, config.train.activation_checkpoint)
+    return model
