@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from avmae_fast import cli
 from avmae_fast.cli import main
+from avmae_fast.cli.synth import _SYNTH_PRESETS
 
 
 def _refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -101,7 +101,7 @@ def test_synth_presets_are_complete(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(synth, "synthesise", note)
     assert main(["synth", str(tmp_path), "--preset", "demo", "--seed", "3"]) == 0
     asked.pop("progress")
-    assert asked == cli._SYNTH_PRESETS["demo"] | {"seed": 3}
+    assert asked == _SYNTH_PRESETS["demo"] | {"seed": 3}
     # The demo is to have 96 clips or more.
     assert asked["clips"] >= 96
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from unittest import mock
 
-from avmae_fast import cli
+from avmae_fast.cli.program import make_parser
 
 _INTRODUCTION = """\
 # Command line
@@ -18,7 +18,7 @@ def page() -> str:
     """The page in Markdown."""
     # Defaults that count the cores of the machine would be those of whoever built the page.
     with mock.patch.object(os, "sched_getaffinity", lambda _: range(8), create=True):
-        parser = cli._parser()
+        parser = make_parser()
     parts = [_INTRODUCTION, f"{parser.epilog}\n"]
     for name, command, summary in commands(parser):
         parts += _section(f"avmae {name}", command, summary, level=2)

@@ -12,7 +12,8 @@ import diagrams
 import pytest
 from pages import PAGES, ROOT, TEXTS, without_fences
 
-from avmae_fast import cli, config, finetune_config
+from avmae_fast import config, finetune_config
+from avmae_fast.cli.program import make_parser
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_relative_links_exist() -> None:
 
 def test_every_command_and_option_is_listed() -> None:
     page = cli_reference.page()
-    for name, parser, _ in cli_reference.commands(cli._parser()):
+    for name, parser, _ in cli_reference.commands(make_parser()):
         assert f"## avmae {name}\n" in page
         for action in parser._actions:
             for option in set(action.option_strings) - {"-h", "--help"}:

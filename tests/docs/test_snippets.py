@@ -12,7 +12,7 @@ import torch
 from libraries import library
 from pages import PAGES, TEXTS, fenced, without_fences
 
-from avmae_fast import cli
+from avmae_fast.cli.program import make_parser
 from avmae_fast.config_file import load_config
 
 # A line that runs the program, by its name or as a module, and what ends a command.
@@ -58,7 +58,7 @@ def commands(text: str) -> Iterator[list[str]]:
 def test_commands_parse(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in commands(page.read_text()):
         try:
-            args = cli._parser().parse_args(arguments)
+            args = make_parser().parse_args(arguments)
         except SystemExit:
             pytest.fail(f"{page.name}: avmae {shlex.join(arguments)}: {capsys.readouterr().err}")
         if arguments[0] == "pretrain":
@@ -70,7 +70,7 @@ def test_commands_parse(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda p: str(p.relative_to(p.parents[1])))
 def test_commands_and_options_in_the_text_exist(page: Path) -> None:
-    parsers = dict(_parsers("avmae", cli._parser()))
+    parsers = dict(_parsers("avmae", make_parser()))
     options = {word for parser in parsers.values() for word in parser._option_string_actions}
     prose = without_fences(page.read_text())
     for word in re.findall(r"`avmae ([\w-]+)", prose):

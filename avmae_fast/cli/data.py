@@ -1,4 +1,4 @@
-"""The commands about data: pack, verify, stats."""
+"""The commands about data: probe-files, pack, verify, stats."""
 
 import argparse
 import sys
@@ -6,10 +6,20 @@ from typing import Any
 
 
 def add_commands(commands: Any) -> None:
-    """Add this file's commands to those of `avmae`."""
+    """Add `pack`, `verify` and `stats` to those of `avmae`."""
     _add_pack(commands.add_parser("pack", help="re-encode clips once, for quick training"))
     _add_verify(commands.add_parser("verify", help="check packed clips against their index"))
     _add_stats(commands.add_parser("stats", help="log-mel mean and deviation, durations, labels"))
+
+
+def add_probe_files(parser: argparse.ArgumentParser) -> None:
+    """Give the command its options."""
+    parser.description = "Try every media file below a folder, one line each."
+    parser.add_argument("folder", metavar="DIR")
+    parser.add_argument(
+        "--reader", default="auto", help="auto (the default), pyav, torchcodec or decord"
+    )
+    parser.set_defaults(run=_probe_files)
 
 
 def _add_pack(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +55,12 @@ def _add_stats(parser: argparse.ArgumentParser) -> None:
     parser.description = "Read all sound of a set and print what its clips are like."
     parser.add_argument("out", metavar="OUT", help="a folder written by avmae pack, or a manifest")
     parser.set_defaults(run=_stats)
+
+
+def _probe_files(args: argparse.Namespace) -> int:
+    from avmae_fast.data.probe import print_report
+
+    return 1 if print_report(args.folder, args.reader) else 0
 
 
 def _pack(args: argparse.Namespace) -> int:

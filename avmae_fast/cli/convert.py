@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from avmae_fast.cli_training import add_overrides
+from avmae_fast.cli.training import add_overrides
 
 if TYPE_CHECKING:
     from avmae_fast.interop.finetuned import FinetunedRun

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from avmae_fast.cli_training import add_training_options, configured, run_training
+from avmae_fast.cli.training import add_training_options, configured, run_training
 
 
 def add_commands(commands: Any) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_BAD_INPUT = 2
+from avmae_fast.cli.training import BAD_INPUT
 
 
 def add_doctor(commands: Any) -> None:
@@ -53,4 +53,4 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _refuse(message: str) -> int:
     print(f"avmae: error: {message}", file=sys.stderr)
-    return _BAD_INPUT
+    return BAD_INPUT

@@ -3,7 +3,7 @@
 import argparse
 import os
 
-from avmae_fast.cli_training import add_overrides
+from avmae_fast.cli.training import add_overrides
 
 _DESCRIPTION = (
     "Load training clips from the files of a manifest with every combination of reader, workers "

@@ -1,4 +1,4 @@
-"""What the commands that train share: their options, and how they run and end."""
+"""What the commands that train share: their options, how they run and end, and how they fail."""
 
 import argparse
 import os
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+BAD_INPUT = 2
 _NOT_FINITE = 70  # EX_SOFTWARE
 _CANNOT_WRITE = 73  # EX_CANTCREAT
 

@@ -1,8 +1,17 @@
-"""Commands about a run that is there: its report once more, and the batch that stopped it."""
+"""Pretraining, the report of a run once more, and the batch that stopped one."""
 
 import argparse
 from pathlib import Path
 from typing import Any
+
+from avmae_fast.cli.training import add_training_options, configured, run_training
+
+
+def add_pretrain(parser: argparse.ArgumentParser) -> None:
+    """Give the command its options."""
+    parser.description = "Pretrain a model as a TOML file or a preset says."
+    add_training_options(parser, "train.batch=16")
+    parser.set_defaults(run=_pretrain)
 
 
 def add_commands(commands: Any) -> None:
@@ -20,6 +29,15 @@ def add_commands(commands: Any) -> None:
     replay.add_argument("run_folder", metavar="RUN", type=Path, help="train.out of the run")
     replay.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     replay.set_defaults(run=_replay)
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    from avmae_fast.config_file import load_config
+
+    config = configured(args, load_config)
+    from avmae_fast.train.pretrain import pretrain
+
+    return run_training(args, pretrain, config)
 
 
 def _report(args: argparse.Namespace) -> int:
