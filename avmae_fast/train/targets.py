@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from avmae_fast.data.manifest import Manifest, ManifestError
+from avmae_fast.data.manifest import Manifest, ManifestError, classes_file
+from avmae_fast.data.shard_index import is_index
 from avmae_fast.finetune_config import Loss
 
 _SHOWN = 5
@@ -66,11 +67,13 @@ def check_classes(manifest: Manifest, heads: Mapping[str, int]) -> None:
             f"{manifest.source} names no class: fine-tuning needs a column label or labels"
         )
     if len(classes) != wanted:
-        beside = manifest.source.with_suffix(".classes.txt").name
+        beside = f"list all classes in {classes_file(manifest.source).name}"
+        if is_index(manifest.source):
+            beside = "pack a manifest with all classes in NAME.classes.txt beside it"
         raise ManifestError(
             f"{manifest.source} names {len(classes)} classes, model.classes = "
             f"{dict(heads) if len(heads) > 1 else wanted}: set model.classes to what there is, or "
-            f"list all classes in {beside} if not all of them occur"
+            f"{beside} if not all of them occur"
         )
     if len(heads) == 1:
         return

@@ -94,6 +94,25 @@ def test_commands(
     assert np.array_equal(ours["labels"], listed["labels"])
 
 
+def test_other_classes_than_the_models(
+    make_finetune: MakeFinetune, sets: tuple[str, Path, Path], tmp_path: Path
+) -> None:
+    """A folder has its classes from when it was packed; each message says what to do about them."""
+    _, manifest, packed = sets
+    for data, remedy in (
+        (manifest, "list all classes in clips.classes.txt if"),
+        (packed, "pack a manifest with all classes in NAME.classes.txt beside it if"),
+    ):
+        config = make_finetune(data={"manifest": str(data)}, model={"classes": 527})
+        with pytest.raises(ManifestError, match=f"classes, model.classes = 527: .*{remedy}"):
+            finetune(config)
+    bare = tmp_path / "bare.csv"
+    bare.write_text("path\n" + manifest.read_text().splitlines()[1].split(",")[0] + "\n")
+    pack(bare, tmp_path / "bare", PackOptions(fps=10.0, short_side=24), jobs=1)
+    with pytest.raises(ManifestError, match="names no class: fine-tuning needs a column label"):
+        finetune(make_finetune(data={"manifest": str(tmp_path / "bare")}))
+
+
 def test_a_verb_without_its_noun(make_finetune: MakeFinetune, clips: Path, tmp_path: Path) -> None:
     """As of the files: every head needs a class, and the message says which clips lack one."""
     path = clips.parent / "clips/clip-00000.mp4"
