@@ -15,7 +15,7 @@ from avmae_fast.data.folder_index import FolderIndex, MediaFile, list_tar, media
 from avmae_fast.data.manifest import LABEL_SEPARATOR, ManifestError, classes_file
 from avmae_fast.data.media import open_source
 from avmae_fast.data.reader_frames import picture_files
-from avmae_fast.data.shard_index import write_whole
+from avmae_fast.data.shard_index import INDEX_NAME, write_whole
 
 FindingKind = Problem | Literal["no_file", "no_row", "duplicate_row", "duplicate_file"]
 
@@ -205,7 +205,15 @@ def match_cav_mae(
 
 
 def match_webdataset(folder: Path, out: Path, split: str = "train") -> MadeManifest:
-    """The media in the tars of a folder; labels from KEY.cls, `labels` or `label` of KEY.json."""
+    """The media in the tars of a folder; labels from KEY.cls, `labels` or `label` of KEY.json.
+
+    Raises:
+        ManifestError: the folder holds packed clips, whose sound is a file beside the pictures.
+    """
+    if (folder / INDEX_NAME).exists():
+        raise ManifestError(
+            f"{folder} holds packed clips: the folder itself is a manifest, data.manifest={folder}"
+        )
     made = MadeManifest()
     members: dict[str, set[str]] = {}
     for path in sorted(path for path in media_paths(folder) if ".tar/" in path):

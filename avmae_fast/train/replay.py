@@ -193,12 +193,9 @@ def _row(batch: Batch, row: int) -> Batch:
 
 @contextmanager
 def _without_batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm changes nothing: one sample has no statistics, and those of the run may be
-    what is not finite.
-    """
+    """Inside, BatchNorm goes by the run's statistics: one sample has none of its own."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
     for norm in norms:
-        norm.reset_running_stats()
         norm.eval()
     try:
         yield

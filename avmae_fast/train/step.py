@@ -1,7 +1,8 @@
 """One optimiser step: forward and backward of its micro-batches, clipping, update.
 
-A step whose losses or gradient are not finite changes neither weights nor moments. That is found
-and heeded on the device, so the host need not wait for a step before it launches the next.
+A step whose losses or gradient are not finite changes neither weights nor moments, nor what a
+BatchNorm keeps of its inputs. That is found and heeded on the device, so the host need not wait for
+a step before it launches the next.
 """
 
 import math
@@ -53,6 +54,14 @@ class TrainStep:
         # Means over micro-batches, then the two flags.
         self._tally = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=device)
         self._last: Inputs | None = None
+        # The forward pass changes them; of the models here a linear probe alone has any.
+        self._statistics = [
+            buffer
+            for module in self.model.modules()
+            if isinstance(module, nn.BatchNorm1d)
+            for buffer in module.buffers()
+        ]
+        self._statistics_before = [buffer.clone() for buffer in self._statistics]
 
     def __call__(
         self, micro_batches: Iterator[Inputs], lr: float, stop_asked: bool = False
@@ -91,6 +100,8 @@ class TrainStep:
         if first:
             self.optimizer.zero_grad()
             self._tally.zero_()
+            for kept, buffer in zip(self._statistics_before, self._statistics, strict=True):
+                kept.copy_(buffer)
         with gradients_stay(self.called, not last):
             with self.autocast():
                 out = self.called(**inputs)
@@ -109,6 +120,8 @@ class TrainStep:
         values = torch.cat([self._tally[:-2], norm[None], self._tally[-2:]])
         wrong = values.isfinite().all().logical_not() | (values[-1] > 0)
         self.optimizer.step(found_inf=like(parameters[0], wrong.float()))
+        for kept, buffer in zip(self._statistics_before, self._statistics, strict=True):
+            buffer.copy_(torch.where(wrong, kept, buffer))
         return values
 
 

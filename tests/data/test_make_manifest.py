@@ -12,7 +12,7 @@ from layouts import LAYOUTS, listing
 from avmae_fast.cli import main
 from avmae_fast.data.folder_index import FolderIndex, youtube_name
 from avmae_fast.data.make_manifest import match_webdataset
-from avmae_fast.data.manifest import FramesRecord, load_manifest
+from avmae_fast.data.manifest import FramesRecord, ManifestError, load_manifest
 from avmae_fast.data.pack import pack
 from avmae_fast.data.pack_clips import PackOptions
 from avmae_fast.data.readers import open_record
@@ -140,6 +140,13 @@ def test_webdataset_with_a_list_of_labels_beside_the_only_one(tmp_path: Path) ->
             tar.write({"__key__": key, "mp4": b"", "json": fields})
     made = match_webdataset(tmp_path, tmp_path / "clips.csv")
     assert [row.labels for row in made.rows] == [(), ("c",), ("b", "a")]
+
+
+def test_packed_clips_need_no_manifest(tmp_path: Path) -> None:
+    _make("webdataset", tmp_path)
+    pack(tmp_path / "clips.csv", tmp_path / "packed", PackOptions(), jobs=1)
+    with pytest.raises(ManifestError, match="packed holds packed clips: the folder itself is a"):
+        match_webdataset(tmp_path / "packed", tmp_path / "again.csv")
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

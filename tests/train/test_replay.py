@@ -95,7 +95,7 @@ def test_blends_do_not_hide_who_broke_them(
 
 @pytest.mark.parametrize("head", ["linear_probe", "attentive_probe"])
 def test_probes(make_finetune: MakeFinetune, bad_samples: None, head: str) -> None:
-    """BatchNorm has no statistics of one sample, and those of the run are not finite either."""
+    """BatchNorm has no statistics of one sample."""
     config = make_finetune(STEPS, model={"head": head})
     with pytest.raises(NonFiniteError, match="at step 4"):
         finetune(config)

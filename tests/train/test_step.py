@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_batch, tiny_config
+from tiny_classifier import clips, labels_of, tiny_classifier_config
 
-from avmae_fast.models import AudiovisualMAE
+from avmae_fast.finetune_config import RecipeConfig
+from avmae_fast.models import AudiovisualMAE, TrainedClassifier
 from avmae_fast.train import step as step_module
 from avmae_fast.train.optim import ReleasedAdamW, parameter_groups
 from avmae_fast.train.readback import Readback
@@ -81,6 +83,30 @@ def test_a_step_that_is_not_finite_changes_nothing(bad: float) -> None:
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     step(iter([_batch(2)]), LR)
     assert not torch.equal(model.head["video"].bias, before[0]["head.video.bias"])
+
+
+def test_a_step_that_is_not_finite_leaves_no_trace_in_running_statistics() -> None:
+    torch.manual_seed(0)
+    config = tiny_classifier_config(head="linear_probe")
+    model = TrainedClassifier(config, RecipeConfig())
+    step = TrainStep(model, ReleasedAdamW(parameter_groups(model)), nullcontext, accumulate=2)
+
+    def batch(seed: int) -> dict[str, Any]:
+        found = {name: x.float() for name, x in clips(config, seed=seed).items()}
+        labels = {name: x.float() for name, x in labels_of(config, seed=seed).items()}
+        return {**found, "labels": labels}
+
+    step(iter([batch(0), batch(1)]), LR)
+    before = copy.deepcopy(model.state_dict())
+    broken = batch(2)
+    broken["audio"][0, 0, 0] = float("nan")
+    assert not step(iter([batch(3), broken]), LR).isfinite().all()
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert step(iter([batch(4), batch(5)]), LR).isfinite().all()
+    for m in config.modalities:
+        name = f"feature_norm.{m}.running_mean"
+        assert not torch.equal(model.state_dict()[name], before[name])
+    assert model.feature_norm["video"].num_batches_tracked == 4
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
