@@ -255,7 +255,7 @@ def patch_embed_visible(
 def _product_dtype(weight: Tensor) -> torch.dtype:
     """The dtype that autocast, where it is on, multiplies in; it leaves fp64 alone."""
     kind = weight.device.type
-    if weight.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+    if weight.dtype == torch.float64 or weight.is_meta:
         return weight.dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 

@@ -1,5 +1,7 @@
 """How far a model's loss and gradients are from the float64 reference, as shares of their size."""
 
+import math
+
 import torch
 from tiny import randomise
 
@@ -31,3 +33,16 @@ def loss_and_gradient(model: Model, batch: dict) -> tuple[torch.Tensor, torch.Te
 def distance(got: torch.Tensor, exact: torch.Tensor) -> float:
     """|got - exact| / |exact|, with the norm over all values."""
     return float((got - exact).norm() / exact.norm())
+
+
+# Of a value on its way through a block: two LayerNorms, four products, softmax, GELU and four sums;
+# and twice as many on the way back.
+_ROUNDINGS = 36
+
+
+def allowed(plain: float, layers: int, dtype: torch.dtype) -> float:
+    """Twice the distance of the plain model, one rounding to `dtype`, and what as many independent
+    roundings of fp32 as there are on the way through `layers` come to: the plain one may be lucky.
+    """
+    fp32 = math.sqrt(_ROUNDINGS * layers) * torch.finfo(torch.float32).eps
+    return 2 * plain + torch.finfo(dtype).eps + fp32
