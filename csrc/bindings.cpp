@@ -1,7 +1,7 @@
 // avmae_kernels._C: NumPy arrays in and out, the GIL released while the numbers are made.
 //
-// avmae_kernels/masking.py is the public face and checks what users pass; here only what would
-// write out of bounds is checked again.
+// avmae_kernels/masking.py and yuv_crop.py are the public faces and check what users pass; here only
+// what would read or write out of bounds is checked again.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -18,6 +18,7 @@
 #include "masks.h"
 #include "permutation.h"
 #include "philox.h"
+#include "pictures.h"
 
 namespace py = pybind11;
 
@@ -150,11 +151,55 @@ Array<int64_t> py_keyed_integers(uint64_t seed, const Array<int64_t>& keys, uint
   return out;
 }
 
+// A picture's lines may be padded, so it is no contiguous array.
+using Lines = py::array_t<uint8_t, 0>;
+using Pixels = Array<uint8_t>;
+
+Plane plane_of(const Lines& lines) {
+  return {lines.data(), static_cast<int64_t>(lines.strides(0))};
+}
+
+Planes planes_of(const Lines& y, const Lines& u, const Lines& v, const Crop& crop) {
+  require(y.ndim() == 2 && u.ndim() == 2 && v.ndim() == 2, "planes: must have two axes");
+  const int64_t height = y.shape(0), width = y.shape(1);
+  for (const Lines* plane : {&y, &u, &v}) {
+    const bool luma = plane == &y;
+    require(plane->shape(0) == (luma ? height : (height + 1) / 2), "planes: must fit together");
+    require(plane->shape(1) == (luma ? width : (width + 1) / 2), "planes: must fit together");
+    require(plane->strides(1) == 1 || plane->shape(1) == 1, "planes: must have lines of bytes");
+  }
+  const bool inside = crop.top >= 0 && crop.top <= height - crop.height && crop.left >= 0 &&
+                      crop.left <= width - crop.width;
+  require(inside, "crop: must lie inside the picture");
+  return {plane_of(y), plane_of(u), plane_of(v)};
+}
+
+void py_crop_to_rgb(Pixels& out, const Lines& y, const Lines& u, const Lines& v, int64_t top,
+                    int64_t left, bool mirrored, const std::array<int32_t, 6>& by) {
+  require(out.ndim() == 3 && out.shape(2) == 3, "out: must be [h, w, 3]");
+  const Crop crop{top, left, out.shape(0), out.shape(1), mirrored};
+  const Planes planes = planes_of(y, u, v, crop);
+  uint8_t* pixels = out.mutable_data();
+  py::gil_scoped_release release;
+  crop_to_rgb(planes, crop, {by[0], by[1], by[2], by[3], by[4], by[5]}, pixels);
+}
+
+void py_crop_to_i420(Pixels& out, const Lines& y, const Lines& u, const Lines& v, int64_t top,
+                     int64_t left, bool mirrored) {
+  require(out.ndim() == 2 && out.shape(0) % 3 == 0, "out: must be [3h/2, w]");
+  const Crop crop{top, left, out.shape(0) / 3 * 2, out.shape(1), mirrored};
+  require((top | left | crop.height | crop.width) % 2 == 0, "crop: must be even");
+  const Planes planes = planes_of(y, u, v, crop);
+  uint8_t* bytes = out.mutable_data();
+  py::gil_scoped_release release;
+  crop_to_i420(planes, crop, bytes);
+}
+
 }  // namespace
 }  // namespace avmae
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Compiled masks, permutations and keyed draws; use avmae_kernels.masking.";
+  module.doc() = "Compiled parts of avmae_kernels.masking and avmae_kernels.yuv_crop; use those.";
   module.def("sample_masks", &avmae::py_sample_masks, py::arg("kind"), py::arg("grid"),
              py::arg("masked_units"), py::arg("masked_columns"), py::arg("keys").noconvert(),
              py::arg("seed"), py::arg("stream"));
@@ -167,4 +212,12 @@ PYBIND11_MODULE(_C, module) {
   module.def("keyed_integers", &avmae::py_keyed_integers, py::arg("seed"),
              py::arg("keys").noconvert(), py::arg("stream"), py::arg("count"),
              py::arg("highs").noconvert());
+  module.def("crop_to_rgb", &avmae::py_crop_to_rgb, py::arg("out").noconvert(),
+             py::arg("y").noconvert(), py::arg("u").noconvert(), py::arg("v").noconvert(),
+             py::arg("top"), py::arg("left"), py::arg("mirrored"), py::arg("coefficients"));
+  module.def("crop_to_i420", &avmae::py_crop_to_i420, py::arg("out").noconvert(),
+             py::arg("y").noconvert(), py::arg("u").noconvert(), py::arg("v").noconvert(),
+             py::arg("top"), py::arg("left"), py::arg("mirrored"));
+  // avmae_kernels/_compiled.py asks for this very number.
+  module.attr("VERSION") = 2;
 }

@@ -10,9 +10,6 @@ Shape letters: B sample keys, N tokens, V visible, M masked (N = V + M).
 """
 
 import difflib
-import functools
-import importlib
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avmae_kernels import masking_reference
-
-logger = logging.getLogger(__name__)
+from avmae_kernels._compiled import compiled
 
 # Axes of the grids each kind fits: video is (time, height, width), sound is (time, frequency).
 KIND_AXES: dict[str, tuple[int, ...]] = {
@@ -284,19 +280,9 @@ def philox(counters: NDArray[np.uint32], keys: NDArray[np.uint32]) -> NDArray[np
     return implementation().philox(np.ascontiguousarray(counters), np.ascontiguousarray(keys))
 
 
-@functools.cache
 def implementation() -> ModuleType:
-    """What computes everything here: the compiled module or, said once in the log, its stand-in."""
-    try:
-        return importlib.import_module("avmae_kernels._C")
-    except ImportError as error:
-        logger.warning(
-            "avmae_kernels._C cannot be used (%s): masks come from NumPy, the same but slower. "
-            "Install a C++17 compiler (g++ or clang++) and Python's headers, then reinstall "
-            "avmae_fast.",
-            error,
-        )
-        return masking_reference
+    """What computes everything here: the compiled module or its stand-in."""
+    return compiled() or masking_reference
 
 
 def _describe(value: object) -> str:

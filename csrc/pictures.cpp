@@ -1,0 +1,182 @@
+#include "pictures.h"
+
+#include <algorithm>
+#include <cstring>
+
+// A package is built for any x86-64, but these loops are several times as fast in wide registers:
+// the compiler makes them more than once and the machine chooses when it loads the module.
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
+#define AVMAE_WIDE __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+#elif defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 8
+#define AVMAE_WIDE __attribute__((target_clones("avx2", "default")))
+#else
+#define AVMAE_WIDE
+#endif
+
+namespace avmae {
+namespace {
+
+// Blocks of 2x2 pixels that are converted at a time: what they need stays in the first cache. Loops
+// run over whole vectors of `kLanes`, because a remainder would take as long as all the rest.
+constexpr int64_t kBlocks = 128, kLanes = 32;
+
+// What chroma adds to one colour of each block, in whole levels, and the largest fraction (2**-16)
+// from luma with which the sum is not yet a level more. So the loop over pixels needs 16 bits.
+struct Term {
+  int16_t levels[kBlocks];
+  uint16_t room[kBlocks];
+};
+
+struct Chroma {
+  Term red, green, blue;
+};
+
+// Two neighbours of a line in each number, as memory has them: their chroma is the same, so that
+// arithmetic in 16-bit lanes needs no repetition of it and no rearrangement of bytes.
+struct Pairs {
+  uint16_t red[kBlocks], green[kBlocks], blue[kBlocks];
+};
+
+inline void set(Term* term, int64_t i, int32_t scaled) {
+  scaled += 1 << 15;  // to the nearest
+  term->levels[i] = static_cast<int16_t>(scaled >> 16);
+  term->room[i] = static_cast<uint16_t>(~scaled);
+}
+
+AVMAE_WIDE
+void weigh(const uint8_t* __restrict u, const uint8_t* __restrict v, int64_t vectors,
+           const Coefficients& by, Chroma* __restrict out) {
+  const int32_t v_red = by.v_red, u_green = by.u_green, v_green = by.v_green, u_blue = by.u_blue;
+  for (int64_t i = 0; i < vectors * kLanes; ++i) {
+    const int32_t of_u = u[i] - 128, of_v = v[i] - 128;
+    set(&out->red, i, of_v * v_red);
+    set(&out->green, i, of_u * u_green + of_v * v_green);
+    set(&out->blue, i, of_u * u_blue);
+  }
+}
+
+// Luma of one pixel, scaled: whole levels and the fraction.
+struct Luma {
+  int16_t levels;
+  uint16_t fraction;
+};
+
+inline uint16_t colour(Luma luma, const Term& term, int64_t i) {
+  const int16_t sum = static_cast<int16_t>(luma.levels + term.levels[i]);
+  const int16_t level = static_cast<int16_t>(sum + (luma.fraction > term.room[i]));
+  return static_cast<uint16_t>(std::min<int16_t>(std::max<int16_t>(level, 0), 255));
+}
+
+AVMAE_WIDE
+void convert(const uint16_t* __restrict luma, const Chroma& __restrict chroma, int64_t vectors,
+             const Coefficients& by, Pairs* __restrict out) {
+  // luma = whole * 2**16 + part with a part of 16 bits, sign included.
+  const int16_t black = static_cast<int16_t>(by.black), part = static_cast<int16_t>(by.luma);
+  const int16_t whole = static_cast<int16_t>((by.luma - part) >> 16);
+  const auto scale = [=](uint16_t y) {
+    const int16_t above = static_cast<int16_t>(y - black);
+    const int16_t high = static_cast<int16_t>((int32_t{above} * part) >> 16);
+    return Luma{static_cast<int16_t>(above * whole + high), static_cast<uint16_t>(above * part)};
+  };
+  for (int64_t i = 0; i < vectors * kLanes; ++i) {
+    const Luma low = scale(luma[i] & 255), high = scale(luma[i] >> 8);
+    const auto both = [&](const Term& term) {
+      return static_cast<uint16_t>(colour(low, term, i) | colour(high, term, i) << 8);
+    };
+    out->red[i] = both(chroma.red);
+    out->green[i] = both(chroma.green);
+    out->blue[i] = both(chroma.blue);
+  }
+}
+
+AVMAE_WIDE
+void interleave(const uint8_t* __restrict red, const uint8_t* __restrict green,
+                const uint8_t* __restrict blue, int64_t count, uint8_t* __restrict out) {
+  for (int64_t i = 0; i < count; ++i) {
+    out[3 * i] = red[i];
+    out[3 * i + 1] = green[i];
+    out[3 * i + 2] = blue[i];
+  }
+}
+
+AVMAE_WIDE
+void interleave_mirrored(const uint8_t* __restrict red, const uint8_t* __restrict green,
+                         const uint8_t* __restrict blue, int64_t count, uint8_t* __restrict out) {
+  for (int64_t i = 0; i < count; ++i) {
+    out[3 * i] = red[count - 1 - i];
+    out[3 * i + 1] = green[count - 1 - i];
+    out[3 * i + 2] = blue[count - 1 - i];
+  }
+}
+
+AVMAE_WIDE
+void reverse(const uint8_t* __restrict from, int64_t count, uint8_t* __restrict out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = from[count - 1 - i];
+}
+
+const uint8_t* at(const Plane& plane, int64_t line, int64_t column) {
+  return plane.data + line * plane.line + column;
+}
+
+void crop_plane(const Plane& plane, const Crop& crop, uint8_t* out) {
+  for (int64_t line = 0; line < crop.height; ++line, out += crop.width) {
+    const uint8_t* from = at(plane, crop.top + line, crop.left);
+    if (crop.mirrored)
+      reverse(from, crop.width, out);
+    else
+      std::memcpy(out, from, static_cast<size_t>(crop.width));
+  }
+}
+
+// Lines of a part of the crop that is as wide as fits into `kBlocks` blocks. The first and the last
+// may be cut: their other pixel is converted too, and left out.
+void convert_columns(const Planes& planes, const Crop& part, const Coefficients& by, uint8_t* out,
+                     int64_t out_line) {
+  const int64_t first = part.left / 2, cut = part.left % 2, count = part.width;
+  const int64_t blocks = (cut + count + 1) / 2, vectors = (blocks + kLanes - 1) / kLanes;
+  // Copies of a line, for there may be no memory behind it where a vector ends.
+  uint8_t u[kBlocks] = {}, v[kBlocks] = {};
+  uint16_t luma[kBlocks] = {};
+  Chroma chroma;
+  Pairs pairs;
+  for (int64_t line = 0; line < part.height; ++line, out += out_line) {
+    const int64_t y = part.top + line;
+    if (line == 0 || y % 2 == 0) {
+      std::memcpy(u, at(planes.u, y / 2, first), static_cast<size_t>(blocks));
+      std::memcpy(v, at(planes.v, y / 2, first), static_cast<size_t>(blocks));
+      weigh(u, v, vectors, by, &chroma);
+    }
+    std::memcpy(luma, at(planes.y, y, 2 * first), static_cast<size_t>(cut + count));
+    convert(luma, chroma, vectors, by, &pairs);
+    const auto bytes = [cut](const uint16_t* colour) {
+      return reinterpret_cast<const uint8_t*>(colour) + cut;
+    };
+    (part.mirrored ? interleave_mirrored : interleave)(bytes(pairs.red), bytes(pairs.green),
+                                                       bytes(pairs.blue), count, out);
+  }
+}
+
+}  // namespace
+
+void crop_to_rgb(const Planes& planes, const Crop& crop, const Coefficients& by, uint8_t* out) {
+  int64_t done = 0;
+  while (done < crop.width) {
+    const int64_t left = crop.left + done;
+    const int64_t count = std::min(2 * kBlocks - left % 2, crop.width - done);
+    // Mirrored, a line is written from its end on.
+    const int64_t column = crop.mirrored ? crop.width - done - count : done;
+    convert_columns(planes, {crop.top, left, crop.height, count, crop.mirrored}, by,
+                    out + 3 * column, 3 * crop.width);
+    done += count;
+  }
+}
+
+void crop_to_i420(const Planes& planes, const Crop& crop, uint8_t* out) {
+  const Crop half{crop.top / 2, crop.left / 2, crop.height / 2, crop.width / 2, crop.mirrored};
+  const int64_t luma = crop.height * crop.width;
+  crop_plane(planes.y, crop, out);
+  crop_plane(planes.u, half, out + luma);
+  crop_plane(planes.v, half, out + luma + luma / 4);
+}
+
+}  // namespace avmae
