@@ -14,8 +14,9 @@ from avmae_fast.data.readers import open_record
 from avmae_fast.data.shard_encode import Codec, Packed, encode
 from avmae_fast.data.windows import ticks_in
 
-# Pictures between keyframes: a window of 16 that starts at a keyframe is decoded without any other.
-GOP = 16
+# Pictures between keyframes. A window may start at any picture and those before it, back to its
+# keyframe, are decoded too: 8 instead of 16 cost a window 4 pictures less, for a tenth more bytes.
+GOP = 8
 
 
 class PackError(ValueError):

