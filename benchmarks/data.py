@@ -1,11 +1,12 @@
 """What a clip costs one core: raw mp4 by each reader, packed clips, and webdataset beside them.
 
 Every candidate returns the same windows: 16 pictures an eighth of a second apart from a random
-start, uint8 RGB, the middle 224 x 224 of a short side of 256, written into a batch; and all 10 s of
-the sound as 16 kHz mono int16. They take turns in one process on one core, and processor time is
-counted, so that other work on the machine disturbs less and all alike; a ratio is the median over
-the rounds. `webdataset` streams a tar of the raw files and decodes them by PyAV as its users do.
-`packed_h264_planes` leaves pictures as yuv420, half the bytes, which the GPU makes RGB.
+start, uint8 RGB, the middle 224 x 224 of a short side of 256, half of the windows mirrored; and
+10 s of the sound from the same moment on, round the end, as 16 kHz mono int16. All but webdataset
+are what a worker of the loader runs. They take turns in one process on one core, and processor time
+is counted, so that other work on the machine disturbs less and all alike; a ratio is the median
+over the rounds. `webdataset` streams a tar of the raw files and decodes them by PyAV as its users
+do. `_planes` leave pictures as yuv420, half the bytes, which the GPU makes RGB.
 """
 
 import argparse
@@ -28,13 +29,16 @@ from av.audio.resampler import AudioResampler
 from av.video.reformatter import VideoReformatter
 
 from avmae_fast.config import ConfigError
-from avmae_fast.data.clip import AUDIO_RATE_HZ
+from avmae_fast.data.clip import AUDIO_RATE_HZ, Pixels
 from avmae_fast.data.manifest import Manifest, load_manifest
+from avmae_fast.data.order import DRAWS
 from avmae_fast.data.pack import pack
 from avmae_fast.data.pack_clips import PackOptions
-from avmae_fast.data.planes import crop_planes
-from avmae_fast.data.readers import open_record, resolve_reader
+from avmae_fast.data.pictures import RgbPicture
+from avmae_fast.data.readers import resolve_reader
+from avmae_fast.data.samples import SampleSpec, cut_into, open_source
 from avmae_fast.data.shard_encode import Codec
+from avmae_fast.data.windows import crop_corner, random_start, sound_start
 from avmae_kernels.yuv import i420_to_rgb
 from benchmarks import harness
 from benchmarks.data_clips import SECONDS, write_clips
@@ -46,46 +50,66 @@ CODECS: tuple[Codec, ...] = ("h264", "mjpeg")
 # How long one way works at a time, in seconds.
 _SAMPLE_S = 0.25
 
-_BATCH = np.empty((FRAMES, CROP, CROP, 3), np.uint8)
-
 Window = tuple[np.ndarray, np.ndarray]
 
 
-def starts(count: int) -> list[float]:
-    """Where the windows begin, in seconds: uniform over the ticks at which one fits."""
-    ticks = np.random.default_rng(0).integers(0, SECONDS * FPS - FRAMES + 1, count)
-    return [float(tick) / FPS for tick in ticks]
+def draws(count: int) -> np.ndarray:
+    """`DRAWS` numbers a clip, as the loader has them; the crop is the middle, even in planes."""
+    drawn = np.random.default_rng(0).random((count, DRAWS))
+    drawn[:, 1:3] = 0.5
+    return drawn
 
 
-def by_record(manifest: Manifest, reader: str) -> Iterator[Window]:
-    """The windows as the loader reads them, from media files or from shards."""
-    for record, start_s in zip(manifest, starts(len(manifest)), strict=True):
-        with open_record(record, reader) as clip:
-            pictures = clip.read_pictures(start_s + np.arange(FRAMES) / FPS, SHORT_SIDE)
-            yield _cropped(pictures), clip.read_audio(0, SAMPLES)
+def spec_of(reader: str, pixels: Pixels) -> SampleSpec:
+    return SampleSpec(
+        frames=FRAMES,
+        crop=(CROP, CROP),
+        samples=SAMPLES,
+        fps=FPS,
+        stride=1,
+        short_side=SHORT_SIDE,
+        flip=True,
+        clip_end="wrap",
+        missing_audio="substitute",
+        reader=reader,
+        pixels=pixels,
+    )
 
 
-def by_planes(manifest: Manifest) -> Iterator[Window]:
-    """The windows with their pictures as planes, `data.pixels = "yuv420"`."""
-    for record, start_s in zip(manifest, starts(len(manifest)), strict=True):
-        with open_record(record, "pyav", "yuv420") as clip:
-            pictures = clip.read_pictures(start_s + np.arange(FRAMES) / FPS, SHORT_SIDE)
-            yield crop_planes(np.stack(pictures), (CROP, CROP)), clip.read_audio(0, SAMPLES)
+def batch_of(spec: SampleSpec) -> Window:
+    """Memory for one window, in which every way leaves all of its windows."""
+    return np.empty((FRAMES, *spec.picture), np.uint8), np.empty(SAMPLES, np.int16)
+
+
+def by_loader(manifest: Manifest, reader: str, pixels: Pixels = "rgb") -> Iterator[Window]:
+    """The windows as a worker of the loader makes them, from media files or from shards."""
+    spec = spec_of(reader, pixels)
+    video, sound = batch_of(spec)
+    for record, drawn in zip(manifest, draws(len(manifest)), strict=True):
+        with open_source(record, spec) as source:
+            cut_into(source, spec, drawn[None], video[None], sound[None])
+        yield video, sound
 
 
 def by_webdataset(tar: Path, count: int) -> Iterator[Window]:
     """The windows as a webdataset pipeline decodes them: frames in turn until the last wanted."""
     import webdataset
 
+    video, sound = batch_of(spec_of("pyav", "rgb"))
     dataset = webdataset.WebDataset(str(tar), shardshuffle=False)
-    for sample, start_s in zip(dataset, starts(count), strict=True):
+    for sample, (u_start, u_top, u_left, u_flip) in zip(dataset, draws(count), strict=True):
+        start = random_start(u_start, SECONDS * FPS, FRAMES, 1)
         with av.open(io.BytesIO(sample["mp4"])) as container:
-            video = _frames(container, start_s)
+            pictures = _frames(container, start / FPS)
+        for row, picture in zip(video, pictures, strict=True):
+            top, left = crop_corner(picture.shape, (CROP, CROP), u_top, u_left)
+            RgbPicture(picture).write(row, top, left, u_flip < 0.5)
         with av.open(io.BytesIO(sample["mp4"])) as container:
-            yield video, _sound(container)
+            sound[:] = np.roll(_sound(container), -sound_start(start, FPS))
+        yield video, sound
 
 
-def _frames(container: Any, start_s: float) -> np.ndarray:
+def _frames(container: Any, start_s: float) -> list[np.ndarray]:
     stream = container.streams.video[0]
     stream.thread_type, stream.codec_context.thread_count = "NONE", 1
     times_s = list(start_s + np.arange(FRAMES) / FPS)
@@ -101,15 +125,7 @@ def _frames(container: Any, start_s: float) -> np.ndarray:
         shown = frame
     while len(pictures) < FRAMES:
         pictures.append(reformatter.reformat(shown, format="rgb24", threads=1).to_ndarray())
-    return _cropped(pictures)
-
-
-def _cropped(pictures: list[np.ndarray]) -> np.ndarray:
-    """The middle of the pictures at the training size, in the batch that every way writes to."""
-    top, left = ((side - CROP) // 2 for side in pictures[0].shape[:2])
-    for row, picture in zip(_BATCH, pictures, strict=True):
-        row[:] = picture[top : top + CROP, left : left + CROP]
-    return _BATCH
+    return pictures
 
 
 def _sound(container: Any) -> np.ndarray:
@@ -133,13 +149,12 @@ def candidates(folder: Path, count: int) -> dict[str, Callable[[], Iterator[Wind
         except ConfigError as error:
             print(f"left out: {error}", file=sys.stderr)
             continue
-        found[f"raw_{reader}"] = partial(by_record, raw, reader)
+        found[f"raw_{reader}"] = partial(by_loader, raw, reader)
     for codec in CODECS:
         pack(folder / "clips.csv", folder / codec, PackOptions(codec=codec), jobs=1)
         packed = load_manifest(folder / codec)
-        found[f"packed_{codec}"] = partial(by_record, packed, "pyav")
-        if codec == "h264":
-            found["packed_h264_planes"] = partial(by_planes, packed)
+        found[f"packed_{codec}"] = partial(by_loader, packed, "pyav")
+        found[f"packed_{codec}_planes"] = partial(by_loader, packed, "pyav", "yuv420")
     with tarfile.open(folder / "raw.tar", "w") as tar:
         for path in paths:
             tar.add(path, path.name)
@@ -149,7 +164,7 @@ def candidates(folder: Path, count: int) -> dict[str, Callable[[], Iterator[Wind
 
 def kept(way: Callable[[], Iterator[Window]]) -> list[Window]:
     """The windows of a way, which writes them all to one place; planes as RGB."""
-    return [(_as_rgb(video), sound) for video, sound in way()]
+    return [(_as_rgb(video), sound.copy()) for video, sound in way()]
 
 
 def _as_rgb(video: np.ndarray) -> np.ndarray:

@@ -19,7 +19,8 @@ def test_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = json.loads(path.read_text())
     assert result["ratio_raw_pyav"] == 1.0
     assert result["ratio_h264"] > 2 and result["ratio_mjpeg"] > 2
-    assert result["difference_webdataset"] < 0.5
+    # Another conversion to RGB and another resampler, of the same pictures and sound.
+    assert result["difference_webdataset"] < 2
 
 
 def test_other_windows_are_refused() -> None:

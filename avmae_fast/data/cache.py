@@ -7,7 +7,7 @@ and a file with any damage is left out, where reading single windows would only 
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from avmae_fast.config import ConfigError
-from avmae_fast.data.clip import ClipError, ErrorKind, resized_shape
+from avmae_fast.data.clip import ClipError, ErrorKind, Placed, resized_shape
 from avmae_fast.data.manifest import Manifest
+from avmae_fast.data.pictures import PlanesPicture, RgbPicture
+from avmae_fast.data.planes import views
 from avmae_fast.data.samples import FileSource, SampleSpec, open_source
 from avmae_fast.data.shared import SharedBlock, aligned, free_memory
 from avmae_fast.data.workers import Watch, open_pool
@@ -46,8 +48,11 @@ class CachedSource:
         self.ticks = len(self.video)
         self.length = len(self.waveform)
 
-    def pictures(self, ticks: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-        return [self.video[tick] for tick in ticks]
+    def pictures(self, ticks: NDArray[np.int64]) -> Iterator[Placed]:
+        for place, tick in enumerate(ticks):
+            pixels = self.video[tick]
+            rgb = pixels.ndim == 3
+            yield [place], RgbPicture(pixels) if rgb else PlanesPicture(views(pixels))
 
     def sound(self, start: int, samples: int) -> NDArray[np.int16]:
         return self.waveform[start : start + samples]
@@ -186,21 +191,26 @@ class _WholeClips:
             return _Entry(error=(error.kind, error.path, error.detail))
 
     def _decode(self, source: FileSource, room: _Room) -> _Entry:
-        # Without video the ticks still say how long the clip is.
-        shape: tuple[int, ...] = (source.ticks, 0, 0, 3)
-        pictures: Sequence[NDArray[np.uint8]] = []
-        if self._spec.frames:
-            pictures = source.pictures(np.arange(source.ticks))
-            shape = (source.ticks, *pictures[0].shape)
         length = source.length if self._spec.samples and source.has_audio else 0
-        if aligned(math.prod(shape)) + aligned(length * 2) > room.size:
-            raise ClipError("decode", self.path(room.record), "the header gives another size")
-        video, waveform = _arrays(self._block, room.offset, shape, length)
-        for row, picture in zip(video, pictures, strict=False):
-            row[...] = picture
+        # Without video the ticks still say how long the clip is.
+        video, waveform = self._arrays_in(room, (source.ticks, 0, 0, 3), length)
+        if self._spec.frames:
+            for places, picture in source.pictures(np.arange(source.ticks)):
+                if not video.size:
+                    shape = (source.ticks, *picture.shape)
+                    video, waveform = self._arrays_in(room, shape, length)
+                for place in places:
+                    picture.write(video[place])
         if length:
             waveform[...] = source.sound(0, length)
-        return _Entry(room.offset, shape, length, source.has_audio)
+        return _Entry(room.offset, video.shape, length, source.has_audio)
+
+    def _arrays_in(
+        self, room: _Room, video_shape: tuple[int, ...], length: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int16]]:
+        if aligned(math.prod(video_shape)) + aligned(length * 2) > room.size:
+            raise ClipError("decode", self.path(room.record), "the header gives another size")
+        return _arrays(self._block, room.offset, video_shape, length)
 
 
 def _decode_all(

@@ -6,6 +6,7 @@ display: the last whose presentation time is not later than t. Sound is mono, 16
 clock, and zero wherever the track has none.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -93,16 +94,40 @@ class Clip:
     info: ClipInfo
 
 
+class Picture(Protocol):
+    """A decoded, upright picture, any part of which can be made: `avmae_fast.data.pictures`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole of it: [H, W, 3], or [3H/2, W] as planes (see `avmae_fast.data.planes`)."""
+        ...
+
+    def write(
+        self, out: NDArray[np.uint8], top: int = 0, left: int = 0, mirrored: bool = False
+    ) -> None:
+        """Fill `out` with the part that has this corner, mirrored left to right or not.
+
+        Args:
+            out: uint8 [h, w, 3] or, of planes, [3h/2, w]; contiguous.
+            top, left: the corner in pixels; even, of planes.
+        """
+        ...
+
+
+# A picture, and the places in the list of wanted times at which it is on display.
+Placed = tuple[Sequence[int], Picture]
+
+
 class ClipReader(Protocol):
     """One open file. Readers are not shared between threads or processes."""
 
     info: ClipInfo
 
-    def read_pictures(self, times_s: NDArray[np.float64], size: Size) -> list[NDArray[np.uint8]]:
-        """The pictures on display at `times_s` (any order, repeats allowed), N of [H, W, 3].
+    def read_pictures(self, times_s: NDArray[np.float64], size: Size) -> Iterator[Placed]:
+        """The pictures on display at `times_s` (any order, repeats allowed), as they are decoded.
 
-        Equal times may give one array twice; all have the same shape. A reader that was opened for
-        planes gives [3H/2, W]: see `avmae_fast.data.planes`.
+        Every place comes once, in any order, and all pictures have one shape. A picture holds only
+        until the next one is asked for.
         """
         ...
 
@@ -137,9 +162,21 @@ def check_times(times_s: NDArray[np.float64]) -> None:
         raise ValueError(f"times_s must be a 1-D array of seconds >= 0, got {times_s}")
 
 
-def stacked(pictures: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Pictures as one array [N, H, W, 3] or, of planes, [N, 3H/2, W]."""
-    return np.stack(pictures) if pictures else np.zeros((0, 0, 0, 3), np.uint8)
+def stacked(pictures: Iterable[Placed], count: int) -> NDArray[np.uint8]:
+    """`count` pictures as one array [N, H, W, 3] or, of planes, [N, 3H/2, W]."""
+    video = np.zeros((0, 0, 0, 3), np.uint8)
+    for places, picture in pictures:
+        if not len(video):
+            video = np.empty((count, *picture.shape), np.uint8)
+        for at in places:
+            picture.write(video[at])
+    return video
+
+
+def placed(pictures: Iterable[Picture], shown: NDArray[np.int64]) -> Iterator[Placed]:
+    """Pictures with their places: `shown` says for each place the number of its picture."""
+    for number, picture in enumerate(pictures):
+        yield np.flatnonzero(shown == number).tolist(), picture
 
 
 def resized_shape(height: int, width: int, size: Size) -> tuple[int, int]:

@@ -11,19 +11,20 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from numpy.typing import NDArray
 
 from avmae_fast.data.clip import Size, resized_shape
+from avmae_kernels.yuv_crop import Planes
 
 Plane = NDArray[np.uint8]
 
 # FFmpeg's numbers: no tag, BT.470BG and SMPTE 170M, which are both BT.601.
-_BT601 = (2, 5, 6)
+BT601 = (2, 5, 6)
 
 
-def planes_of(frame: VideoFrame, reformatter: VideoReformatter, size: Size) -> Plane:
-    """A decoded frame, upright, resized to `size` with sides rounded down to even lengths.
+def planes_of(frame: VideoFrame, reformatter: VideoReformatter, size: Size) -> Planes:
+    """Planes of a decoded frame, upright, resized to `size`, sides rounded down to even lengths.
 
     swscale resizes the planes bilinearly (antialiased): within a level of `clip.resize` on luma,
     in less than half the time of converting to RGB and resizing that. An odd side that is not
-    resized loses its last line.
+    resized loses its last line. Planes that need none of this are the frame's own, uncopied.
     """
     rotation = frame.rotation
     sideways = rotation % 180 != 0
@@ -42,27 +43,31 @@ def planes_of(frame: VideoFrame, reformatter: VideoReformatter, size: Size) -> P
             dst_color_range=ColorRange.MPEG,
             threads=1,
         )
-    out = np.empty((height * 3 // 2, width), np.uint8)
-    for target, plane in zip(views(out), frame.planes, strict=True):
-        upright = _upright(plane, rotation)
-        target[...] = upright[: target.shape[0], : target.shape[1]]
-    return out
+    y, u, v = stored_planes(frame)
+    if rotation:
+        y, u, v = (np.ascontiguousarray(np.rot90(p, rotation // 90)) for p in (y, u, v))
+    half = slice(0, height // 2), slice(0, width // 2)
+    return y[:height, :width], u[half], v[half]
+
+
+def stored_planes(frame: VideoFrame) -> Planes:
+    """Y, U and V of a 4:2:0 frame as it is stored: views, whose lines may be padded."""
+    y, u, v = map(_lines, frame.planes)
+    return y, u, v
 
 
 def _is_limited_bt601(frame: VideoFrame) -> bool:
     """Whether a frame's planes can be taken as they are; one without tags counts as this."""
     return (
         frame.format.name == "yuv420p"
-        and frame.colorspace in _BT601
+        and frame.colorspace in BT601
         and frame.color_range in (ColorRange.UNSPECIFIED, ColorRange.MPEG)
     )
 
 
-def _upright(plane: VideoPlane, rotation: int) -> Plane:
-    """A plane [h, w] without the padding of its lines."""
-    lines: Plane = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
-    stored = lines[: plane.height, : plane.width]
-    return np.rot90(stored, rotation // 90) if rotation else stored
+def _lines(plane: VideoPlane) -> Plane:
+    shape, strides = (plane.height, plane.width), (plane.line_size, 1)
+    return np.ndarray(shape, np.uint8, memoryview(plane), strides=strides)
 
 
 def views(planes: Plane) -> tuple[Plane, Plane, Plane]:
@@ -74,32 +79,3 @@ def views(planes: Plane) -> tuple[Plane, Plane, Plane]:
     shape = (*planes.shape[:-2], height // 2, width // 2)
     u, v = flat[..., luma : luma + quarter], flat[..., luma + quarter :]
     return planes[..., :height, :], u.reshape(shape), v.reshape(shape)
-
-
-def crop_planes(
-    planes: Plane,
-    size: tuple[int, int],
-    u_top: float | None = None,
-    u_left: float | None = None,
-    u_flip: float | None = None,
-) -> Plane:
-    """Crop pictures [N, 3H/2, W] to `size`, as `avmae_fast.data.windows.crop` does RGB.
-
-    Offsets are even, because two lines and two columns share their chroma: uniform over those.
-
-    Raises:
-        ValueError: a side of `size` is odd.
-    """
-    if size[0] % 2 or size[1] % 2:
-        raise ValueError(f"planes are cropped to even sides, got {size}")
-    count, lines, width = planes.shape
-    room_y, room_x = (lines // 3 * 2 - size[0]) // 2, (width - size[1]) // 2
-    top = room_y // 2 if u_top is None else int(u_top * (room_y + 1))
-    left = room_x // 2 if u_left is None else int(u_left * (room_x + 1))
-    out = np.empty((count, size[0] * 3 // 2, size[1]), np.uint8)
-    step = 1 if u_flip is None or u_flip >= 0.5 else -1
-    for source, target, unit in zip(views(planes), views(out), (2, 1, 1), strict=True):
-        height, width = target.shape[1:]
-        y, x = top * unit, left * unit
-        target[...] = source[:, y : y + height, x : x + width][..., ::step]
-    return out

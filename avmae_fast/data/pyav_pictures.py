@@ -18,13 +18,15 @@ from numpy.typing import NDArray
 from avmae_fast.data.clip import (
     TIME_TOLERANCE_S,
     ClipError,
+    Picture,
     Pixels,
+    Placed,
     Size,
     check_times,
+    placed,
     require_reached,
-    resize,
 )
-from avmae_fast.data.planes import planes_of
+from avmae_fast.data.pictures import picture_of
 from avmae_fast.data.pyav_guard import Guard, seek
 from avmae_fast.data.stages import stage
 
@@ -62,20 +64,20 @@ class Pictures:
         self._pixels = pixels
         self._reformatter = VideoReformatter()
 
-    def read(self, times_s: NDArray[np.float64], size: Size) -> list[NDArray[np.uint8]]:
-        """The pictures on display at `times_s` seconds, N of uint8 [H, W, 3] or [3H/2, W]."""
+    def read(self, times_s: NDArray[np.float64], size: Size) -> Iterator[Placed]:
+        """The pictures on display at `times_s` seconds; see `ClipReader`."""
         check_times(times_s)
         if times_s.size == 0:
-            return []
+            return
         ticks = np.floor((times_s + self._zero_s + TIME_TOLERANCE_S) / self._tick_s)
-        wanted, place = np.unique(ticks.astype(np.int64), return_inverse=True)
-        pictures: list[NDArray[np.uint8]] = []
+        wanted, shown = np.unique(ticks.astype(np.int64), return_inverse=True)
+        pictures: list[Picture] = []
         with self._guard.errors("decode"):
             for run in self._runs(wanted):
                 pictures += self._read_run(run, size)
         if len({picture.shape for picture in pictures}) > 1:
             raise ClipError("decode", self._guard.path, "the picture size changes in the clip")
-        return [pictures[picture] for picture in place]
+        yield from placed(pictures, shown)
 
     def _runs(self, wanted: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Split the wanted timestamps where a seek saves decoding: at gaps with a keyframe."""
@@ -87,7 +89,7 @@ class Pictures:
                 cuts.append(i)
         return np.split(wanted, cuts)
 
-    def _read_run(self, wanted: NDArray[np.int64], size: Size) -> list[NDArray[np.uint8]]:
+    def _read_run(self, wanted: NDArray[np.int64], size: Size) -> list[Picture]:
         """The pictures on display at `wanted` (ascending), decoded from one keyframe on."""
         first, last = int(wanted[0]), int(wanted[-1])
         packets, ended = self._packets(first, last)
@@ -141,9 +143,9 @@ class Pictures:
 
     def _convert(
         self, packets: list[Packet], wanted: NDArray[np.int64], needed: set[int] | None, size: Size
-    ) -> tuple[list[NDArray[np.uint8]], dict[int, int]]:
+    ) -> tuple[list[Picture], dict[int, int]]:
         """The picture at each wanted timestamp; timestamp and duration of each one shown."""
-        pictures: list[NDArray[np.uint8]] = []
+        pictures: list[Picture] = []
         shown: dict[int, int] = {}
         for frame in self._select(packets, wanted, needed):
             assert frame.pts is not None
@@ -183,20 +185,13 @@ class Pictures:
             yield from context.decode(packet)
         yield from context.decode(None)
 
-    def _picture(self, frame: VideoFrame, size: Size) -> NDArray[np.uint8]:
+    def _picture(self, frame: VideoFrame, size: Size) -> Picture:
         """The frame as an upright picture of the wanted size."""
         if frame.is_corrupt:
             raise ClipError("decode", self._guard.path, "a damaged picture")
         if frame.rotation % 90:
             raise ClipError("decode", self._guard.path, f"rotated by {frame.rotation} degrees")
-        if self._pixels == "yuv420":
-            return planes_of(frame, self._reformatter, size)
-        # Left alone, the colour conversion starts a thread on every core.
-        converted = self._reformatter.reformat(frame, format="rgb24", threads=1)
-        rgb: NDArray[np.uint8] = converted.to_ndarray().view(np.uint8)
-        if frame.rotation:
-            rgb = np.ascontiguousarray(np.rot90(rgb, frame.rotation // 90))
-        return resize(rgb, size)
+        return picture_of(frame, self._reformatter, size, self._pixels)
 
 
 def _on_display(packets: list[Packet], wanted: NDArray[np.int64]) -> set[int] | None:

@@ -7,6 +7,7 @@ re-encoding, indices and pictures do not even agree: such a file is read through
 """
 
 import logging
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Self
@@ -18,13 +19,17 @@ from numpy.typing import NDArray
 from avmae_fast.data.clip import (
     TIME_TOLERANCE_S,
     ClipError,
+    Picture,
+    Placed,
     Size,
     check_times,
+    placed,
     require_reached,
     resize,
     stacked,
 )
 from avmae_fast.data.media import open_source
+from avmae_fast.data.pictures import RgbPicture
 from avmae_fast.data.reader_pyav import PyavReader
 from avmae_fast.data.stages import stage
 
@@ -53,17 +58,17 @@ class DecordReader:
         self._pyav.close()
 
     def read_video(self, times_s: NDArray[np.float64], size: Size) -> NDArray[np.uint8]:
-        """The pictures on display at `times_s`, uint8 [N, H, W, 3]; see `ClipReader`."""
-        return stacked(self.read_pictures(times_s, size))
+        """The pictures on display at `times_s`, as one array; see `ClipReader`."""
+        return stacked(self.read_pictures(times_s, size), len(times_s))
 
-    def read_pictures(self, times_s: NDArray[np.float64], size: Size) -> list[NDArray[np.uint8]]:
-        """The pictures on display at `times_s`, N of uint8 [H, W, 3]; see `ClipReader`."""
+    def read_pictures(self, times_s: NDArray[np.float64], size: Size) -> Iterator[Placed]:
+        """The pictures on display at `times_s`, as they are decoded; see `ClipReader`."""
         check_times(times_s)
         if not self.info.has_video:
             raise ClipError("no_video", self._path, "there is no video track")
         if times_s.size == 0:
-            return []
-        pictures: list[NDArray[np.uint8]] = []
+            return
+        pictures: list[Picture] = []
         try:
             reader = decord.VideoReader(open_source(self._path), num_threads=1)
             shown_s = reader.get_frame_timestamp(np.arange(len(reader)))
@@ -71,19 +76,20 @@ class DecordReader:
             no_index = shown_s[-1, 1] <= shown_s[-1, 0]
             if cut or no_index or self.info.video_codec != "h264":
                 _warn_of_misnumbering()
-                return self._pyav.read_pictures(times_s, size)
+                yield from self._pyav.read_pictures(times_s, size)
+                return
             starts_s = shown_s[:, 0] - shown_s[0, 0]
             end_s = float(shown_s[-1, 1] - shown_s[0, 0])
             require_reached(self._path, "video", float(times_s.max()), self.info.duration_s, end_s)
             found = np.searchsorted(starts_s, times_s + TIME_TOLERANCE_S, side="right") - 1
-            indices, place = np.unique(found.clip(0, len(reader) - 1), return_inverse=True)
+            indices, shown = np.unique(found.clip(0, len(reader) - 1), return_inverse=True)
             for first in range(0, len(indices), _CHUNK):
                 batch = reader.get_batch(indices[first : first + _CHUNK]).asnumpy()
                 with stage("convert"):
-                    pictures += [resize(picture, size) for picture in batch]
+                    pictures += [RgbPicture(resize(picture, size)) for picture in batch]
         except (decord.DECORDError, RuntimeError, IndexError, ValueError, OSError) as error:
             raise ClipError("decode", self._path, str(error)) from error
-        return [pictures[i] for i in place]
+        yield from placed(pictures, shown)
 
     def read_audio(self, start: int, samples: int) -> NDArray[np.int16]:
         """16 kHz samples from number `start` of the clip's clock on; see `ClipReader`."""

@@ -5,6 +5,7 @@ Picture number k, in the order of the numbers in the names, is on display from k
 
 import glob
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -19,14 +20,16 @@ from avmae_fast.data.clip import (
     TIME_TOLERANCE_S,
     ClipError,
     ClipInfo,
+    Picture,
     Pixels,
+    Placed,
     Size,
     check_times,
-    resize,
+    placed,
     stacked,
 )
 from avmae_fast.data.manifest import FramesRecord
-from avmae_fast.data.planes import planes_of
+from avmae_fast.data.pictures import picture_of
 from avmae_fast.data.pyav_guard import Guard
 from avmae_fast.data.reader_pyav import PyavReader
 
@@ -65,17 +68,17 @@ class FramesReader:
 
     def read_video(self, times_s: NDArray[np.float64], size: Size) -> NDArray[np.uint8]:
         """The pictures on display at `times_s`, as one array; see `ClipReader`."""
-        return stacked(self.read_pictures(times_s, size))
+        return stacked(self.read_pictures(times_s, size), len(times_s))
 
-    def read_pictures(self, times_s: NDArray[np.float64], size: Size) -> list[NDArray[np.uint8]]:
-        """The pictures on display at `times_s`, as they are to be made; see `ClipReader`."""
+    def read_pictures(self, times_s: NDArray[np.float64], size: Size) -> Iterator[Placed]:
+        """The pictures on display at `times_s`, as they are decoded; see `ClipReader`."""
         check_times(times_s)
         numbers = np.floor((times_s + TIME_TOLERANCE_S) * self._fps).astype(np.int64)
-        wanted = np.minimum(numbers, len(self._files) - 1).tolist()
-        pictures = {number: self._picture(self._files[number], size) for number in set(wanted)}
-        if len({picture.shape for picture in pictures.values()}) > 1:
+        wanted, shown = np.unique(np.minimum(numbers, len(self._files) - 1), return_inverse=True)
+        pictures = [self._picture(self._files[number], size) for number in wanted]
+        if len({picture.shape for picture in pictures}) > 1:
             raise ClipError("decode", self._guard.path, "the picture size changes in the clip")
-        return [pictures[number] for number in wanted]
+        return placed(pictures, shown)
 
     def read_audio(self, start: int, samples: int) -> NDArray[np.int16]:
         """16 kHz samples from number `start` of the clip's clock on; see `ClipReader`."""
@@ -83,16 +86,11 @@ class FramesReader:
             raise ClipError("no_audio", self._guard.path, "no sound file is given")
         return self._sound.read_audio(start, samples)
 
-    def _picture(self, file: Path, size: Size) -> NDArray[np.uint8]:
+    def _picture(self, file: Path, size: Size) -> Picture:
         frame = self._frame(file)
         with self._guard.errors("decode"):
-            if self._pixels == "yuv420":
-                return planes_of(frame, self._reformatter, size)
-            converted = self._reformatter.reformat(frame, format="rgb24", threads=1)
-            rgb: NDArray[np.uint8] = converted.to_ndarray().view(np.uint8)
-            # Cameras write which way up a picture is beside it.
-            upright = np.rot90(rgb, frame.rotation // 90)
-            return resize(np.ascontiguousarray(upright), size)
+            # Upright: cameras write which way up a picture is beside it.
+            return picture_of(frame, self._reformatter, size, self._pixels)
 
     def _frame(self, file: Path) -> VideoFrame:
         # Bytes, because FFmpeg takes a name with numbers in it for the pattern of a sequence.

@@ -3,6 +3,7 @@
 FFmpeg is kept on one thread throughout, because workers are processes.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -15,7 +16,15 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from avmae_fast.data.clip import READ_TIMEOUT_S, ClipError, ClipInfo, Pixels, Size, stacked
+from avmae_fast.data.clip import (
+    READ_TIMEOUT_S,
+    ClipError,
+    ClipInfo,
+    Pixels,
+    Placed,
+    Size,
+    stacked,
+)
 from avmae_fast.data.media import open_source
 from avmae_fast.data.pyav_guard import Guard
 from avmae_fast.data.pyav_pictures import Pictures
@@ -96,10 +105,10 @@ class PyavReader:
 
     def read_video(self, times_s: NDArray[np.float64], size: Size) -> NDArray[np.uint8]:
         """The pictures on display at `times_s`, as one array; see `ClipReader`."""
-        return stacked(self.read_pictures(times_s, size))
+        return stacked(self.read_pictures(times_s, size), len(times_s))
 
-    def read_pictures(self, times_s: NDArray[np.float64], size: Size) -> list[NDArray[np.uint8]]:
-        """The pictures on display at `times_s`, as they are to be made; see `ClipReader`."""
+    def read_pictures(self, times_s: NDArray[np.float64], size: Size) -> Iterator[Placed]:
+        """The pictures on display at `times_s`, as they are decoded; see `ClipReader`."""
         if self._pictures is None:
             raise ClipError("no_video", self._guard.path, "there is no video track")
         return self._pictures.read(times_s, size)

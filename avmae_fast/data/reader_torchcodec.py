@@ -21,15 +21,19 @@ from avmae_fast.data.clip import (
     ClipError,
     ClipInfo,
     ErrorKind,
+    Picture,
+    Placed,
     Size,
     check_times,
     place,
+    placed,
     require_reached,
     resize,
     stacked,
     to_int16,
 )
 from avmae_fast.data.media import open_source
+from avmae_fast.data.pictures import RgbPicture
 from avmae_fast.data.stages import stage
 
 _Decoder = TypeVar("_Decoder", VideoDecoder, AudioDecoder)
@@ -92,23 +96,23 @@ class TorchcodecReader:
             raise ClipError(kind, self._path, str(error).strip()) from error
 
     def read_video(self, times_s: NDArray[np.float64], size: Size) -> NDArray[np.uint8]:
-        """The pictures on display at `times_s`, uint8 [N, H, W, 3]; see `ClipReader`."""
-        return stacked(self.read_pictures(times_s, size))
+        """The pictures on display at `times_s`, as one array; see `ClipReader`."""
+        return stacked(self.read_pictures(times_s, size), len(times_s))
 
-    def read_pictures(self, times_s: NDArray[np.float64], size: Size) -> list[NDArray[np.uint8]]:
-        """The pictures on display at `times_s`, N of uint8 [H, W, 3]; see `ClipReader`."""
+    def read_pictures(self, times_s: NDArray[np.float64], size: Size) -> Iterator[Placed]:
+        """The pictures on display at `times_s`, as they are decoded; see `ClipReader`."""
         check_times(times_s)
         if self._video is None:
             raise ClipError("no_video", self._path, "there is no video track")
         if times_s.size == 0:
-            return []
+            return
         # The last picture has no time at which torchcodec would show it to the end.
         end_s = float(self._video.metadata.end_stream_seconds or 0.0)
-        wanted_s, place = np.unique(times_s + self._zero_s + TIME_TOLERANCE_S, return_inverse=True)
+        wanted_s, shown = np.unique(times_s + self._zero_s + TIME_TOLERANCE_S, return_inverse=True)
         last_s = float(wanted_s[-1]) - self._zero_s - TIME_TOLERANCE_S
         require_reached(self._path, "video", last_s, self.info.duration_s, end_s - self._zero_s)
         inside = wanted_s[wanted_s < end_s]
-        pictures: list[NDArray[np.uint8]] = []
+        pictures: list[Picture] = []
         with self._errors("decode"):
             for first in range(0, len(inside), _CHUNK):
                 asked_s = inside[first : first + _CHUNK]
@@ -117,11 +121,11 @@ class TorchcodecReader:
                     # Seen in MPEG-TS and in files cut without re-encoding.
                     raise ClipError("decode", self._path, "torchcodec missed its way after a seek")
                 with stage("convert"):
-                    pictures += [resize(picture, size) for picture in batch.data.numpy()]
+                    pictures += [RgbPicture(resize(p, size)) for p in batch.data.numpy()]
             if len(inside) < len(wanted_s):
                 last = self._video.get_frame_at(len(self._video) - 1).data.numpy()
-                pictures += [resize(last, size)] * (len(wanted_s) - len(inside))
-        return [pictures[i] for i in place]
+                pictures += [RgbPicture(resize(last, size))] * (len(wanted_s) - len(inside))
+        yield from placed(pictures, shown)
 
     def read_audio(self, start: int, samples: int) -> NDArray[np.int16]:
         """16 kHz samples from number `start` of the clip's clock on; see `ClipReader`."""

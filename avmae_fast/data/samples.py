@@ -1,7 +1,7 @@
 """Turn a record of the manifest into one training sample, from its file or from the cache."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avmae_fast.config import ConfigError, Run
-from avmae_fast.data.clip import AUDIO_RATE_HZ, ClipError, Pixels
+from avmae_fast.data.clip import AUDIO_RATE_HZ, ClipError, Pixels, Placed
 from avmae_fast.data.manifest import Record
 from avmae_fast.data.order import DRAWS
 from avmae_fast.data.readers import open_record, resolve_reader
@@ -19,7 +19,7 @@ from avmae_fast.data.windows import (
     Span,
     centred_sound_start,
     centred_start,
-    crop,
+    crop_corner,
     random_start,
     sound_spans,
     sound_start,
@@ -97,8 +97,8 @@ class Source(Protocol):
     length: int
     has_audio: bool
 
-    def pictures(self, ticks: NDArray[np.int64]) -> Sequence[NDArray[np.uint8]] | NDArray[np.uint8]:
-        """Pictures at some ticks, resized to the short side: N of one shape."""
+    def pictures(self, ticks: NDArray[np.int64]) -> Iterator[Placed]:
+        """Pictures at some ticks, resized to the short side: see `ClipReader.read_pictures`."""
         ...
 
     def sound(self, start: int, samples: int) -> NDArray[np.int16]:
@@ -147,7 +147,7 @@ class FileSource:
     def __exit__(self, *exc: object) -> None:
         self._reader.close()
 
-    def pictures(self, ticks: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+    def pictures(self, ticks: NDArray[np.int64]) -> Iterator[Placed]:
         times_s = self._record.start_s + ticks / self._spec.fps
         return self._reader.read_pictures(times_s, self._spec.short_side)
 
@@ -202,11 +202,7 @@ def cut_into(
 
     if spec.frames:
         wanted = window_ticks(start, source.ticks, extent, stride, spec.clip_end)
-        with stage("decode"):
-            pictures = source.pictures(wanted)
-        with stage("copy"):
-            for view, out in enumerate(video):
-                _crop_into(out, pictures, spec, None if draws is None else draws[view])
+        _crop_into(video, source.pictures(wanted), spec, draws)
     if spec.samples:
         with stage("sound"):
             _hear_into(waveform[0], source, spec, first_sample)
@@ -214,15 +210,21 @@ def cut_into(
 
 
 def _crop_into(
-    out: NDArray[np.uint8],
-    pictures: Sequence[NDArray[np.uint8]] | NDArray[np.uint8],
+    video: NDArray[np.uint8],
+    pictures: Iterator[Placed],
     spec: SampleSpec,
     draws: NDArray[np.float64] | None,
 ) -> None:
-    """Picture by picture, so that a mirrored one is still in the cache when it is copied."""
-    _, u_top, u_left, u_flip = (None,) * DRAWS if draws is None else draws.tolist()
-    for row, picture in zip(out, pictures, strict=True):
-        row[...] = crop(picture[None], spec.crop, u_top, u_left, u_flip if spec.flip else None)[0]
+    """Every view of a picture while it is fresh from the decoder, which is still in the cache."""
+    drawn = [(None,) * DRAWS] * len(video) if draws is None else draws.tolist()
+    with stage("decode"):
+        for places, picture in pictures:
+            with stage("copy"):
+                for out, (_, u_top, u_left, u_flip) in zip(video, drawn, strict=True):
+                    top, left = crop_corner(picture.shape, spec.crop, u_top, u_left)
+                    mirrored = spec.flip and u_flip is not None and u_flip < 0.5
+                    for place in places:
+                        picture.write(out[place], top, left, mirrored)
 
 
 def _hear_into(out: NDArray[np.int16], source: Source, spec: SampleSpec, first_sample: int) -> None:

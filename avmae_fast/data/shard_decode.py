@@ -3,19 +3,16 @@
 import logging
 from collections.abc import Iterator, Sequence
 from functools import cache
-from types import ModuleType
+from importlib.util import find_spec
 
 import av
 import numpy as np
 from av.codec.context import Flags, ThreadType
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
-from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 av.logging.set_level(av.logging.PANIC)
-
-_reformatter = VideoReformatter()
 
 # Open decoders that the next clip can use, the longest unused first. There is one for each picture
 # size, and each keeps the memory of some pictures.
@@ -53,23 +50,19 @@ def _h264_decoder(extradata: bytes) -> VideoCodecContext:
     return context
 
 
-def rgb(frame: VideoFrame) -> NDArray[np.uint8]:
-    """A frame as RGB, uint8 [H, W, 3]: a view of FFmpeg's buffer, whose lines are padded."""
-    converted = _reformatter.reformat(frame, format="rgb24", threads=1)
-    (plane,) = converted.planes
-    lines = np.frombuffer(memoryview(plane), np.uint8).reshape(frame.height, plane.line_size)
-    return lines[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
-
-
-def jpeg_rgb(data: bytes) -> NDArray[np.uint8]:
-    """A JPEG as RGB, uint8 [H, W, 3]. Raises ValueError where it is damaged.
+def jpeg_rgb(data: bytes, memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A JPEG as RGB, uint8 [H, W, 3], in `memory`, which simplejpeg must be installed for.
 
     Chroma is repeated, not interpolated, as FFmpeg does for video.
+
+    Raises:
+        ValueError: it is damaged, or larger than `memory`.
     """
-    simplejpeg = _simplejpeg()
-    if simplejpeg is None:
-        return rgb(jpeg_frame(data))
-    picture: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True)
+    import simplejpeg
+
+    picture: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+        data, fastdct=True, fastupsample=True, buffer=memory
+    )
     return picture
 
 
@@ -80,14 +73,13 @@ def jpeg_frame(data: bytes) -> VideoFrame:
 
 
 @cache
-def _simplejpeg() -> ModuleType | None:
-    try:
-        import simplejpeg
-    except ImportError:
-        log = logging.getLogger(__name__)
-        log.warning("JPEGs are decoded by FFmpeg, more slowly: pip install simplejpeg")
-        return None
-    return simplejpeg
+def has_simplejpeg() -> bool:
+    """Whether JPEGs can be decoded the fast way; where not, the log says so once."""
+    if find_spec("simplejpeg") is not None:
+        return True
+    log = logging.getLogger(__name__)
+    log.warning("JPEGs are decoded by FFmpeg, more slowly: pip install simplejpeg")
+    return False
 
 
 @cache

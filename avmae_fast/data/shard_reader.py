@@ -17,16 +17,17 @@ from avmae_fast.data.clip import (
     TIME_TOLERANCE_S,
     ClipError,
     ClipInfo,
+    Picture,
     Pixels,
+    Placed,
     Size,
     check_times,
     resize,
-    resized_shape,
     stacked,
 )
-from avmae_fast.data.planes import planes_of
+from avmae_fast.data.pictures import RgbPicture, picture_of
 from avmae_fast.data.pyav_guard import Guard
-from avmae_fast.data.shard_decode import h264_pictures, jpeg_frame, jpeg_rgb, rgb
+from avmae_fast.data.shard_decode import h264_pictures, has_simplejpeg, jpeg_frame, jpeg_rgb
 from avmae_fast.data.shard_file import open_shard
 from avmae_fast.data.shard_manifest import ShardRecord
 
@@ -61,43 +62,47 @@ class ShardReader:
 
     def read_video(self, times_s: NDArray[np.float64], size: Size) -> NDArray[np.uint8]:
         """The pictures on display at `times_s`, as one array; see `ClipReader`."""
-        return stacked(self.read_pictures(times_s, size))
+        return stacked(self.read_pictures(times_s, size), len(times_s))
 
-    def read_pictures(self, times_s: NDArray[np.float64], size: Size) -> list[NDArray[np.uint8]]:
-        """The pictures on display at `times_s`, as they are to be made; see `ClipReader`."""
+    def read_pictures(self, times_s: NDArray[np.float64], size: Size) -> Iterator[Placed]:
+        """The pictures on display at `times_s`, as they are decoded; see `ClipReader`."""
         check_times(times_s)
         if times_s.size == 0:
-            return []
+            return
         record = self._record
         numbers = np.floor((times_s + TIME_TOLERANCE_S) * record.fps).astype(np.int64)
-        wanted = np.minimum(numbers, len(record.frame_offsets) - 2).tolist()
+        places: dict[int, list[int]] = {}
+        last = len(record.frame_offsets) - 2
+        for place, number in enumerate(numbers.tolist()):
+            places.setdefault(min(number, last), []).append(place)
         with self._guard.errors("decode"):
-            if self._pixels == "yuv420":
-                planes = self._decode_planes(sorted(set(wanted)), size)
-                return [planes[number] for number in wanted]
-            decoded = self._decode(sorted(set(wanted)))
-        shape = (record.height, record.width)
-        for number, picture in decoded.items():
-            if picture.shape[:2] != shape:
-                detail = f"picture {number} is {picture.shape[:2]}, not {shape}"
-                raise ClipError("decode", record.path, detail)
-        if resized_shape(*shape, size) != shape:
-            decoded = {n: resize(np.ascontiguousarray(p), size) for n, p in decoded.items()}
-        return [decoded[number] for number in wanted]
+            for number, picture in self._decode(sorted(places), size):
+                yield places[number], picture
 
-    def _decode(self, wanted: list[int]) -> dict[int, NDArray[np.uint8]]:
+    def _decode(self, wanted: list[int], size: Size) -> Iterator[tuple[int, Picture]]:
         """Some pictures by their numbers, which are ascending."""
-        if self._record.codec == "mjpeg":
-            return {number: jpeg_rgb(data) for number, data in self._coded(wanted)}
-        return {number: rgb(frame) for number, frame in self._h264_frames(wanted)}
+        if self._record.codec == "h264":
+            for number, frame in self._h264_frames(wanted):
+                self._require_shape(number, frame.height, frame.width)
+                yield number, picture_of(frame, _reformatter, size, self._pixels)
+            return
+        memory = np.empty((self._record.height, self._record.width, 3), np.uint8)
+        for number, data in self._coded(wanted):
+            if self._pixels == "rgb" and has_simplejpeg():
+                pixels = jpeg_rgb(data, memory)
+                self._require_shape(number, *pixels.shape[:2])
+                yield number, RgbPicture(resize(pixels, size))
+            else:
+                frame = jpeg_frame(data)
+                self._require_shape(number, frame.height, frame.width)
+                yield number, picture_of(frame, _reformatter, size, self._pixels)
 
-    def _decode_planes(self, wanted: list[int], size: Size) -> dict[int, NDArray[np.uint8]]:
-        frames = (
-            self._h264_frames(wanted)
-            if self._record.codec == "h264"
-            else ((number, jpeg_frame(data)) for number, data in self._coded(wanted))
-        )
-        return {number: planes_of(frame, _reformatter, size) for number, frame in frames}
+    def _require_shape(self, number: int, height: int, width: int) -> None:
+        record = self._record
+        if (height, width) != (record.height, record.width):
+            wanted = (record.height, record.width)
+            detail = f"picture {number} is {(height, width)}, not {wanted}"
+            raise ClipError("decode", record.path, detail)
 
     def _h264_frames(self, wanted: list[int]) -> Iterator[tuple[int, VideoFrame]]:
         """(number, frame) of each picture that is wanted; their numbers are ascending."""

@@ -119,11 +119,11 @@ class _ViewJob:
             _starts(source.ticks - extent, self._temporal, centre), out, strict=True
         ):
             ticks = window_ticks(start, source.ticks, spec.frames, spec.stride, spec.clip_end)
-            pictures = source.pictures(ticks)
-            corners = _corners(pictures[0].shape[:2], spec.crop, self._spatial)
-            for (top, left), view in zip(corners, views, strict=True):
-                for picture, row in zip(pictures, view, strict=True):
-                    row[...] = picture[top : top + spec.crop[0], left : left + spec.crop[1]]
+            for places, picture in source.pictures(ticks):
+                corners = _corners(picture.shape, spec.crop, self._spatial)
+                for (top, left), view in zip(corners, views, strict=True):
+                    for place in places:
+                        picture.write(view[place], top, left)
         return out.reshape(-1, *shape[2:])
 
     def _sound(self, source: FileSource, spec: SampleSpec) -> NDArray[np.int16]:

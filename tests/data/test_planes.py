@@ -20,11 +20,11 @@ from avmae_fast.config import (
     TrainConfig,
     VideoConfig,
 )
-from avmae_fast.data.clip import Size
+from avmae_fast.data.clip import Size, stacked
 from avmae_fast.data.loader import ClipLoader
-from avmae_fast.data.planes import crop_planes, planes_of, views
+from avmae_fast.data.pictures import PlanesPicture
+from avmae_fast.data.planes import planes_of
 from avmae_fast.data.readers import open_clip, resolve_reader
-from avmae_fast.data.windows import crop
 from avmae_kernels.yuv import i420_to_rgb
 
 TIMES_S = np.array([0.5, 0.0, 1.2, 0.5])
@@ -85,46 +85,14 @@ def test_every_colour_space_becomes_limited_bt601(space: Colorspace, span: Color
     frame = rgb.reformat(format="yuv420p", dst_colorspace=space, dst_color_range=span)
     reformatter = VideoReformatter()
     expected = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    planes = torch.from_numpy(planes_of(frame, reformatter, None))
-    # A second rounding of three values, where planes are converted.
-    _assert_same_pictures(i420_to_rgb(planes[None, None])[0, 0].numpy(), expected, 4, 6)
-
-
-def _pictures(count: int, height: int, width: int) -> np.ndarray:
-    draw = np.random.default_rng(0)
-    return draw.integers(0, 256, (count, height * 3 // 2, width), dtype=np.uint8)
-
-
-@pytest.mark.parametrize("draws", [(None, None, None), (0.0, 0.99, 0.7), (0.99, 0.0, 0.2)])
-def test_crop_and_flip_commute_with_the_conversion(draws: tuple) -> None:
-    planes, size = _pictures(3, 36, 50), (20, 30)
-    got = i420_to_rgb(torch.from_numpy(crop_planes(planes, size, *draws))[None])[0]
-    whole = i420_to_rgb(torch.from_numpy(planes)[None])[0].numpy()
-    u_top, u_left, u_flip = draws
-    top, left = (
-        room // 2 // 2 * 2 if u is None else int(u * (room // 2 + 1)) * 2
-        for u, room in ((u_top, 36 - 20), (u_left, 50 - 30))
+    planes = torch.from_numpy(
+        stacked([([0], PlanesPicture(planes_of(frame, reformatter, None)))], 1)
     )
-    expected = whole[:, top : top + 20, left : left + 30]
-    if u_flip is not None and u_flip < 0.5:
-        expected = expected[:, :, ::-1]
-    assert np.array_equal(got.numpy(), expected)
-    assert crop(whole, size, *draws).shape == got.shape
+    # A second rounding of three values, where planes are converted.
+    _assert_same_pictures(i420_to_rgb(planes[None])[0, 0].numpy(), expected, 4, 6)
 
 
-def test_every_even_offset_is_drawn() -> None:
-    planes = _pictures(1, 8, 12)
-    luma = views(planes)[0][0]
-    seen = set()
-    for u in np.linspace(0, 0.999, 50):
-        corner = views(crop_planes(planes, (4, 4), u, 0.0))[0][0, 0]
-        seen |= {y for y in range(5) if np.array_equal(luma[y, :4], corner)}
-    assert seen == {0, 2, 4}
-
-
-def test_wrong_arguments_are_named(monkeypatch) -> None:
-    with pytest.raises(ValueError, match=r"even sides, got \(3, 4\)"):
-        crop_planes(_pictures(1, 8, 8), (3, 4))
+def test_planes_of_another_reader_are_refused() -> None:
     with pytest.raises(ConfigError, match="data.pixels = 'yuv420' needs reader = 'pyav'"):
         resolve_reader("torchcodec", "yuv420")
 

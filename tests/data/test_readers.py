@@ -10,12 +10,14 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import VideoReformatter
 from conftest import VFR_TIMES_S
 from media import picture, remux, shown_index, tone, truncate, write_clip
 
 from avmae_fast.config import ConfigError
 from avmae_fast.data import pyav_pictures, readers
-from avmae_fast.data.clip import AUDIO_RATE_HZ, ClipError, resize, resized_shape
+from avmae_fast.data.clip import AUDIO_RATE_HZ, ClipError, resize, resized_shape, stacked
+from avmae_fast.data.pictures import picture_of
 from avmae_fast.data.readers import open_clip, read_clip, resolve_reader
 
 
@@ -126,7 +128,8 @@ def test_skipping_in_the_decoder_changes_no_pixel(media, name):
     with av.open(str(media(name))) as container:
         frames = list(container.decode(video=0))
     starts_s = np.array([float(frame.time or 0) for frame in frames])
-    every = np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
+    pictures = [picture_of(frame, VideoReformatter(), None, "rgb") for frame in frames]
+    every = stacked((([i], p) for i, p in enumerate(pictures)), len(pictures))
     rng = np.random.default_rng(1)
     for _ in range(3):
         times_s = np.sort(rng.uniform(0, starts_s[-1], 8))

@@ -6,7 +6,7 @@ import pytest
 from avmae_fast.data.windows import (
     centred_sound_start,
     centred_start,
-    crop,
+    crop_corner,
     random_start,
     sound_spans,
     sound_start,
@@ -83,19 +83,26 @@ def test_centred_sound():
 
 
 def test_crop():
-    video = np.arange(2 * 6 * 9 * 3).reshape(2, 6, 9, 3).astype(np.uint8)
-    np.testing.assert_array_equal(crop(video, (4, 4)), video[:, 1:5, 2:6])
-    np.testing.assert_array_equal(crop(video, (4, 4), 0.0, 0.0, 0.9), video[:, :4, :4])
-    last = np.nextafter(1.0, 0.0)
-    np.testing.assert_array_equal(crop(video, (4, 4), last, last), video[:, 2:, 5:])
-    np.testing.assert_array_equal(crop(video, (6, 9), 0.5, 0.5, 0.4), video[:, :, ::-1])
+    picture, last = (6, 9, 3), np.nextafter(1.0, 0.0)
+    assert crop_corner(picture, (4, 4)) == (1, 2)
+    assert crop_corner(picture, (4, 4), 0.0, 0.0) == (0, 0)
+    assert crop_corner(picture, (4, 4), last, last) == (2, 5)
+    assert crop_corner(picture, (6, 9), 0.5, 0.5) == (0, 0)
+
+
+def test_corners_in_planes_are_even():
+    """A picture of 10 x 14 pixels: the middle and every even corner there is."""
+    planes, last = (15, 14), np.nextafter(1.0, 0.0)
+    assert crop_corner(planes, (4, 4)) == (2, 4)
+    assert crop_corner(planes, (4, 4), last, last) == (6, 10)
+    corners = {crop_corner(planes, (4, 4), u, u) for u in np.linspace(0, last, 50)}
+    assert {top for top, _ in corners} == {0, 2, 4, 6}
+    assert {left for _, left in corners} == {0, 2, 4, 6, 8, 10}
 
 
 def test_every_crop_is_as_likely():
-    video = np.zeros((1, 6, 9, 3), np.uint8)
-    video[0, :, :, 0], video[0, :, :, 1] = np.mgrid[0:6, 0:9]
     corners = [
-        tuple(crop(video, (4, 4), (i + 0.5) / 3, (j + 0.5) / 6)[0, 0, 0, :2])
+        crop_corner((6, 9, 3), (4, 4), (i + 0.5) / 3, (j + 0.5) / 6)
         for i in range(3)
         for j in range(6)
     ]
