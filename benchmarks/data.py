@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +76,16 @@ def spec_of(reader: str, pixels: Pixels) -> SampleSpec:
     )
 
 
-def batch_of(spec: SampleSpec) -> Window:
-    """Memory for one window, in which every way leaves all of its windows."""
-    return np.empty((FRAMES, *spec.picture), np.uint8), np.empty(SAMPLES, np.int16)
+@cache
+def slot(picture: tuple[int, ...]) -> Window:
+    """Memory for one window, used again and again, as that of the loader's ring is."""
+    return np.empty((FRAMES, *picture), np.uint8), np.empty(SAMPLES, np.int16)
 
 
 def by_loader(manifest: Manifest, reader: str, pixels: Pixels = "rgb") -> Iterator[Window]:
     """The windows as a worker of the loader makes them, from media files or from shards."""
     spec = spec_of(reader, pixels)
-    video, sound = batch_of(spec)
+    video, sound = slot(spec.picture)
     for record, drawn in zip(manifest, draws(len(manifest)), strict=True):
         with open_source(record, spec) as source:
             cut_into(source, spec, drawn[None], video[None], sound[None])
@@ -95,7 +96,7 @@ def by_webdataset(tar: Path, count: int) -> Iterator[Window]:
     """The windows as a webdataset pipeline decodes them: frames in turn until the last wanted."""
     import webdataset
 
-    video, sound = batch_of(spec_of("pyav", "rgb"))
+    video, sound = slot((CROP, CROP, 3))
     dataset = webdataset.WebDataset(str(tar), shardshuffle=False)
     for sample, (u_start, u_top, u_left, u_flip) in zip(dataset, draws(count), strict=True):
         start = random_start(u_start, SECONDS * FPS, FRAMES, 1)

@@ -20,11 +20,43 @@ namespace {
 // run over whole vectors of `kLanes`, because a remainder would take as long as all the rest.
 constexpr int64_t kBlocks = 128, kLanes = 32;
 
-// What chroma adds to one colour of each block, in whole levels, and the largest fraction (2**-16)
-// from luma with which the sum is not yet a level more. So the loop over pixels needs 16 bits.
+// A number of levels in two halves, whole ones and 2**-16 of one, so that the loops over pixels need
+// 16-bit lanes only, twice as many as of the 32-bit sums that this is the same as.
+struct Scaled {
+  int16_t levels;
+  uint16_t fraction;
+};
+
+// A coefficient is whole * 2**16 + part, where both have 16 bits, sign included.
+struct Coefficient {
+  int16_t whole, part;
+
+  explicit Coefficient(int32_t value)
+      : whole(static_cast<int16_t>((value + (1 << 15)) >> 16)), part(static_cast<int16_t>(value)) {}
+
+  Scaled operator*(int16_t x) const {
+    const int16_t high = static_cast<int16_t>((int32_t{x} * part) >> 16);
+    return {static_cast<int16_t>(x * whole + high), static_cast<uint16_t>(x * part)};
+  }
+};
+
+inline Scaled operator+(Scaled a, Scaled b) {
+  const uint16_t fraction = static_cast<uint16_t>(a.fraction + b.fraction);
+  return {static_cast<int16_t>(a.levels + b.levels + (fraction < a.fraction)), fraction};
+}
+
+// What chroma adds to one colour of each block, with the half that rounds to the nearest.
 struct Term {
   int16_t levels[kBlocks];
-  uint16_t room[kBlocks];
+  uint16_t fraction[kBlocks];
+
+  Scaled operator[](int64_t i) const { return {levels[i], fraction[i]}; }
+
+  void set(int64_t i, Scaled value) {
+    value = value + Scaled{0, 1 << 15};
+    levels[i] = value.levels;
+    fraction[i] = value.fraction;
+  }
 };
 
 struct Chroma {
@@ -37,55 +69,36 @@ struct Pairs {
   uint16_t red[kBlocks], green[kBlocks], blue[kBlocks];
 };
 
-inline void set(Term* term, int64_t i, int32_t scaled) {
-  scaled += 1 << 15;  // to the nearest
-  term->levels[i] = static_cast<int16_t>(scaled >> 16);
-  term->room[i] = static_cast<uint16_t>(~scaled);
-}
-
 AVMAE_WIDE
 void weigh(const uint8_t* __restrict u, const uint8_t* __restrict v, int64_t vectors,
            const Coefficients& by, Chroma* __restrict out) {
-  const int32_t v_red = by.v_red, u_green = by.u_green, v_green = by.v_green, u_blue = by.u_blue;
+  const Coefficient v_red(by.v_red), u_green(by.u_green), v_green(by.v_green), u_blue(by.u_blue);
   for (int64_t i = 0; i < vectors * kLanes; ++i) {
-    const int32_t of_u = u[i] - 128, of_v = v[i] - 128;
-    set(&out->red, i, of_v * v_red);
-    set(&out->green, i, of_u * u_green + of_v * v_green);
-    set(&out->blue, i, of_u * u_blue);
+    const int16_t of_u = static_cast<int16_t>(u[i] - 128), of_v = static_cast<int16_t>(v[i] - 128);
+    out->red.set(i, v_red * of_v);
+    out->green.set(i, u_green * of_u + v_green * of_v);
+    out->blue.set(i, u_blue * of_u);
   }
 }
 
-// Luma of one pixel, scaled: whole levels and the fraction.
-struct Luma {
-  int16_t levels;
-  uint16_t fraction;
-};
-
-inline uint16_t colour(Luma luma, const Term& term, int64_t i) {
-  const int16_t sum = static_cast<int16_t>(luma.levels + term.levels[i]);
-  const int16_t level = static_cast<int16_t>(sum + (luma.fraction > term.room[i]));
-  return static_cast<uint16_t>(std::min<int16_t>(std::max<int16_t>(level, 0), 255));
+inline uint16_t level(Scaled sum) {
+  return static_cast<uint16_t>(std::min<int16_t>(std::max<int16_t>(sum.levels, 0), 255));
 }
 
 AVMAE_WIDE
 void convert(const uint16_t* __restrict luma, const Chroma& __restrict chroma, int64_t vectors,
              const Coefficients& by, Pairs* __restrict out) {
-  // luma = whole * 2**16 + part with a part of 16 bits, sign included.
-  const int16_t black = static_cast<int16_t>(by.black), part = static_cast<int16_t>(by.luma);
-  const int16_t whole = static_cast<int16_t>((by.luma - part) >> 16);
-  const auto scale = [=](uint16_t y) {
-    const int16_t above = static_cast<int16_t>(y - black);
-    const int16_t high = static_cast<int16_t>((int32_t{above} * part) >> 16);
-    return Luma{static_cast<int16_t>(above * whole + high), static_cast<uint16_t>(above * part)};
-  };
+  const Coefficient of_y(by.luma);
+  const int32_t black = by.black;
   for (int64_t i = 0; i < vectors * kLanes; ++i) {
-    const Luma low = scale(luma[i] & 255), high = scale(luma[i] >> 8);
-    const auto both = [&](const Term& term) {
-      return static_cast<uint16_t>(colour(low, term, i) | colour(high, term, i) << 8);
+    const Scaled one = of_y * static_cast<int16_t>((luma[i] & 255) - black);
+    const Scaled other = of_y * static_cast<int16_t>((luma[i] >> 8) - black);
+    const auto both = [=](Scaled term) {
+      return static_cast<uint16_t>(level(one + term) | level(other + term) << 8);
     };
-    out->red[i] = both(chroma.red);
-    out->green[i] = both(chroma.green);
-    out->blue[i] = both(chroma.blue);
+    out->red[i] = both(chroma.red[i]);
+    out->green[i] = both(chroma.green[i]);
+    out->blue[i] = both(chroma.blue[i]);
   }
 }
 

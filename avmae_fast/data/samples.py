@@ -228,11 +228,12 @@ def _crop_into(
 
 
 def _hear_into(out: NDArray[np.int16], source: Source, spec: SampleSpec, first_sample: int) -> None:
-    out[...] = 0
+    covered = 0
     if source.has_audio:
-        fill_sound(
-            out, source, list(sound_spans(first_sample, out.size, source.length, spec.clip_end))
-        )
+        spans = list(sound_spans(first_sample, out.size, source.length, spec.clip_end))
+        fill_sound(out, source, spans)
+        covered = spans[-1].target + spans[-1].count
+    out[covered:] = 0
 
 
 def fill_sound(waveform: NDArray[np.int16], source: Source, spans: list[Span]) -> None:

@@ -22,6 +22,7 @@ from avmae_fast.data.clip import (
     Placed,
     Size,
     check_times,
+    place,
     resize,
     stacked,
 )
@@ -73,8 +74,8 @@ class ShardReader:
         numbers = np.floor((times_s + TIME_TOLERANCE_S) * record.fps).astype(np.int64)
         places: dict[int, list[int]] = {}
         last = len(record.frame_offsets) - 2
-        for place, number in enumerate(numbers.tolist()):
-            places.setdefault(min(number, last), []).append(place)
+        for at, number in enumerate(numbers.tolist()):
+            places.setdefault(min(number, last), []).append(at)
         with self._guard.errors("decode"):
             for number, picture in self._decode(sorted(places), size):
                 yield places[number], picture
@@ -130,11 +131,15 @@ class ShardReader:
         record = self._record
         if not record.samples:
             raise ClipError("no_audio", record.path, "there is no audio track")
-        out = np.zeros(samples, np.int16)
         first, last = max(start, 0), min(start + samples, record.samples)
+        sound = np.zeros(0, np.int16)
         if first < last:
             data = self._shard.read(record.sound_at + 2 * first, 2 * (last - first), record.path)
-            out[first - start : last - start] = np.frombuffer(data, "<i2")
+            sound = np.frombuffer(data, "<i2")
+        if sound.size == samples:
+            return sound
+        out = np.zeros(samples, np.int16)
+        place(out, first - start, sound)
         return out
 
 

@@ -36,16 +36,17 @@ def crop_to_rgb(
         ValueError: an array is not as above, `colour` is unknown or the rectangle is not inside.
     """
     by = _coefficients(colour)
-    _require_planes("crop_to_rgb", planes)
-    if out.ndim != 3 or out.shape[2] != 3 or out.dtype != np.uint8 or not out.flags.c_contiguous:
-        raise _wanted("crop_to_rgb", "out as contiguous uint8 [h, w, 3]", out)
-    height, width, _ = out.shape
-    _require_inside("crop_to_rgb", planes[0], top, left, height, width)
     module = compiled()
-    if module is not None:
-        module.crop_to_rgb(out, *planes, top, left, mirrored, by)
-    else:
+    if module is None:
+        _require_rgb(out, planes, top, left)
         _crop_to_rgb(out, planes, top, left, mirrored, by)
+        return
+    try:
+        module.crop_to_rgb(out, *planes, top, left, mirrored, by)
+    except (TypeError, ValueError):
+        # It refuses whatever is not as above; what that is, is only looked for now.
+        _require_rgb(out, planes, top, left)
+        raise
 
 
 def crop_to_i420(out: Bytes, planes: Planes, top: int, left: int, *, mirrored: bool) -> None:
@@ -59,19 +60,16 @@ def crop_to_i420(out: Bytes, planes: Planes, top: int, left: int, *, mirrored: b
     Raises:
         ValueError: an argument is not as above, or the rectangle is not inside.
     """
-    _require_planes("crop_to_i420", planes)
-    good = out.ndim == 2 and out.shape[0] % 3 == 0 and out.shape[1] % 2 == 0
-    if not good or out.dtype != np.uint8 or not out.flags.c_contiguous:
-        raise _wanted("crop_to_i420", "out as contiguous uint8 [3h/2, w], h and w even", out)
-    height, width = out.shape[0] // 3 * 2, out.shape[1]
-    if top % 2 or left % 2:
-        raise ValueError(f"crop_to_i420 wants top and left even, got {top} and {left}")
-    _require_inside("crop_to_i420", planes[0], top, left, height, width)
     module = compiled()
-    if module is not None:
-        module.crop_to_i420(out, *planes, top, left, mirrored)
-    else:
+    if module is None:
+        _require_i420(out, planes, top, left)
         _crop_to_i420(out, planes, top, left, mirrored)
+        return
+    try:
+        module.crop_to_i420(out, *planes, top, left, mirrored)
+    except (TypeError, ValueError):
+        _require_i420(out, planes, top, left)
+        raise
 
 
 @cache
@@ -105,6 +103,23 @@ def _crop_to_i420(out: Bytes, planes: Planes, top: int, left: int, mirrored: boo
         rows, columns = target.shape
         part = plane[top // unit :, left // unit :][:rows, :columns]
         target[...] = part[:, ::-1] if mirrored else part
+
+
+def _require_rgb(out: Bytes, planes: Planes, top: int, left: int) -> None:
+    _require_planes("crop_to_rgb", planes)
+    if out.ndim != 3 or out.shape[2] != 3 or out.dtype != np.uint8 or not out.flags.c_contiguous:
+        raise _wanted("crop_to_rgb", "out as contiguous uint8 [h, w, 3]", out)
+    _require_inside("crop_to_rgb", planes[0], top, left, *out.shape[:2])
+
+
+def _require_i420(out: Bytes, planes: Planes, top: int, left: int) -> None:
+    _require_planes("crop_to_i420", planes)
+    good = out.ndim == 2 and out.shape[0] % 3 == 0 and out.shape[1] % 2 == 0
+    if not good or out.dtype != np.uint8 or not out.flags.c_contiguous:
+        raise _wanted("crop_to_i420", "out as contiguous uint8 [3h/2, w], h and w even", out)
+    if top % 2 or left % 2:
+        raise ValueError(f"crop_to_i420 wants top and left even, got {top} and {left}")
+    _require_inside("crop_to_i420", planes[0], top, left, out.shape[0] // 3 * 2, out.shape[1])
 
 
 def _require_planes(op: str, planes: Planes) -> None:
