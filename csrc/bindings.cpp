@@ -1,7 +1,7 @@
 // avmae_kernels._C: NumPy arrays in and out, the GIL released while the numbers are made.
 //
-// avmae_kernels/masking.py and yuv_crop.py are the public faces and check what users pass; here only
-// what would read or write out of bounds is checked again.
+// avmae_kernels/masking.py, yuv_crop.py and jpeg.py are the public faces and check what users pass;
+// here only what would read or write out of bounds is checked again.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -15,6 +15,7 @@
 #include <string>
 #include <tuple>
 
+#include "jpeg.h"
 #include "masks.h"
 #include "permutation.h"
 #include "philox.h"
@@ -195,11 +196,31 @@ void py_crop_to_i420(Pixels& out, const Lines& y, const Lines& u, const Lines& v
   crop_to_i420(planes, crop, bytes);
 }
 
+bool py_decode_jpeg(const py::bytes& data, int64_t height, int64_t width, Pixels& y, Pixels& u,
+                    Pixels& v) {
+  const auto whole = [](int64_t side, int64_t unit) { return (side + unit - 1) / unit * unit; };
+  require(height >= 1 && width >= 1, "size: must be at least 1 x 1");
+  require(y.ndim() == 2 && y.shape(0) >= whole(height, 16) && y.shape(1) >= whole(width, 128),
+          "y: must hold whole units");
+  for (const Pixels* chroma : {&u, &v})
+    require(chroma->ndim() == 2 && chroma->shape(0) >= whole(height, 16) / 2 &&
+                chroma->shape(1) >= whole(width, 128) / 2 && chroma->shape(1) == u.shape(1),
+            "u, v: must hold whole units");
+  const JpegPlanes out{y.mutable_data(), u.mutable_data(), v.mutable_data(), y.shape(1),
+                       u.shape(1)};
+  char* bytes = nullptr;
+  Py_ssize_t count = 0;
+  if (PyBytes_AsStringAndSize(data.ptr(), &bytes, &count) != 0) throw py::error_already_set();
+  py::gil_scoped_release release;
+  return decode_jpeg(reinterpret_cast<const uint8_t*>(bytes), static_cast<size_t>(count), height,
+                     width, out);
+}
+
 }  // namespace
 }  // namespace avmae
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Compiled parts of avmae_kernels.masking and avmae_kernels.yuv_crop; use those.";
+  module.doc() = "Compiled parts of avmae_kernels.masking, yuv_crop and jpeg; use those.";
   module.def("sample_masks", &avmae::py_sample_masks, py::arg("kind"), py::arg("grid"),
              py::arg("masked_units"), py::arg("masked_columns"), py::arg("keys").noconvert(),
              py::arg("seed"), py::arg("stream"));
@@ -218,6 +239,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("crop_to_i420", &avmae::py_crop_to_i420, py::arg("out").noconvert(),
              py::arg("y").noconvert(), py::arg("u").noconvert(), py::arg("v").noconvert(),
              py::arg("top"), py::arg("left"), py::arg("mirrored"));
+  module.def("decode_jpeg", &avmae::py_decode_jpeg, py::arg("data"), py::arg("height"),
+             py::arg("width"), py::arg("y").noconvert(), py::arg("u").noconvert(),
+             py::arg("v").noconvert());
   // avmae_kernels/_compiled.py asks for this very number.
   module.attr("VERSION") = 2;
 }

@@ -3,15 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-// A package is built for any x86-64, but these loops are several times as fast in wide registers:
-// the compiler makes them more than once and the machine chooses when it loads the module.
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 12
-#define AVMAE_WIDE __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
-#elif defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__) && __GNUC__ >= 8
-#define AVMAE_WIDE __attribute__((target_clones("avx2", "default")))
-#else
-#define AVMAE_WIDE
-#endif
+#include "wide.h"
 
 namespace avmae {
 namespace {

@@ -94,6 +94,16 @@ def picture_of(
     return RgbPicture(resize(rgb, size))
 
 
+def resized(picture: Picture, size: Size) -> Picture:
+    """A picture of pixels at `size`: itself, where it is that already."""
+    height, width, _ = picture.shape
+    if resized_shape(height, width, size) == (height, width):
+        return picture
+    pixels = np.empty(picture.shape, np.uint8)
+    picture.write(pixels)
+    return RgbPicture(resize(pixels, size))
+
+
 def _colour_of(frame: VideoFrame) -> Colour | None:
     """What a frame's planes mean; None where they are not 4:2:0 in 8 bits, or mean others."""
     name, space, span = frame.format.name, frame.colorspace, frame.color_range

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from functools import cache
-from importlib.util import find_spec
+from types import ModuleType
 
 import av
 import numpy as np
@@ -50,19 +50,15 @@ def _h264_decoder(extradata: bytes) -> VideoCodecContext:
     return context
 
 
-def jpeg_rgb(data: bytes, memory: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A JPEG as RGB, uint8 [H, W, 3], in `memory`, which simplejpeg must be installed for.
+def jpeg_rgb(data: bytes) -> NDArray[np.uint8]:
+    """A JPEG of any kind as RGB, uint8 [H, W, 3]. Raises ValueError where it is damaged.
 
     Chroma is repeated, not interpolated, as FFmpeg does for video.
-
-    Raises:
-        ValueError: it is damaged, or larger than `memory`.
     """
-    import simplejpeg
-
-    picture: NDArray[np.uint8] = simplejpeg.decode_jpeg(
-        data, fastdct=True, fastupsample=True, buffer=memory
-    )
+    simplejpeg = _simplejpeg()
+    if simplejpeg is None:
+        return jpeg_frame(data).to_ndarray(format="rgb24").view(np.uint8)
+    picture: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True)
     return picture
 
 
@@ -73,13 +69,14 @@ def jpeg_frame(data: bytes) -> VideoFrame:
 
 
 @cache
-def has_simplejpeg() -> bool:
-    """Whether JPEGs can be decoded the fast way; where not, the log says so once."""
-    if find_spec("simplejpeg") is not None:
-        return True
-    log = logging.getLogger(__name__)
-    log.warning("JPEGs are decoded by FFmpeg, more slowly: pip install simplejpeg")
-    return False
+def _simplejpeg() -> ModuleType | None:
+    try:
+        import simplejpeg
+    except ImportError:
+        log = logging.getLogger(__name__)
+        log.warning("JPEGs are decoded by FFmpeg, more slowly: pip install simplejpeg")
+        return None
+    return simplejpeg
 
 
 @cache

@@ -23,14 +23,14 @@ from avmae_fast.data.clip import (
     Size,
     check_times,
     place,
-    resize,
     stacked,
 )
-from avmae_fast.data.pictures import RgbPicture, picture_of
+from avmae_fast.data.pictures import RgbPicture, YuvPicture, picture_of, resized
 from avmae_fast.data.pyav_guard import Guard
-from avmae_fast.data.shard_decode import h264_pictures, has_simplejpeg, jpeg_frame, jpeg_rgb
+from avmae_fast.data.shard_decode import h264_pictures, jpeg_frame, jpeg_rgb
 from avmae_fast.data.shard_file import open_shard
 from avmae_fast.data.shard_manifest import ShardRecord
+from avmae_kernels.jpeg import JpegDecoder
 
 _reformatter = VideoReformatter()
 
@@ -87,16 +87,21 @@ class ShardReader:
                 self._require_shape(number, frame.height, frame.width)
                 yield number, picture_of(frame, _reformatter, size, self._pixels)
             return
-        memory = np.empty((self._record.height, self._record.width, 3), np.uint8)
+        decoder = JpegDecoder(self._record.height, self._record.width)
         for number, data in self._coded(wanted):
-            if self._pixels == "rgb" and has_simplejpeg():
-                pixels = jpeg_rgb(data, memory)
-                self._require_shape(number, *pixels.shape[:2])
-                yield number, RgbPicture(resize(pixels, size))
-            else:
-                frame = jpeg_frame(data)
-                self._require_shape(number, frame.height, frame.width)
-                yield number, picture_of(frame, _reformatter, size, self._pixels)
+            yield number, self._of_jpeg(decoder, number, data, size)
+
+    def _of_jpeg(self, decoder: JpegDecoder, number: int, data: bytes, size: Size) -> Picture:
+        if self._pixels == "yuv420":
+            frame = jpeg_frame(data)
+            self._require_shape(number, frame.height, frame.width)
+            return picture_of(frame, _reformatter, size, self._pixels)
+        planes = decoder.decode(data)
+        if planes is not None:
+            return resized(YuvPicture(planes, "bt601-full"), size)
+        pixels = jpeg_rgb(data)
+        self._require_shape(number, *pixels.shape[:2])
+        return resized(RgbPicture(pixels), size)
 
     def _require_shape(self, number: int, height: int, width: int) -> None:
         record = self._record

@@ -19,7 +19,7 @@ from avmae_fast.config import (
     TrainConfig,
     VideoConfig,
 )
-from avmae_fast.data import shard_file, shard_reader
+from avmae_fast.data import shard_decode, shard_file
 from avmae_fast.data.clip import TIME_TOLERANCE_S, ClipError
 from avmae_fast.data.loader import ClipLoader
 from avmae_fast.data.manifest import ManifestError, load_manifest
@@ -28,6 +28,7 @@ from avmae_fast.data.pack_clips import PackOptions
 from avmae_fast.data.pack_verify import verify
 from avmae_fast.data.readers import open_clip, open_record
 from avmae_fast.data.shard_index import read_index
+from avmae_kernels.jpeg import JpegDecoder
 from avmae_kernels.yuv import i420_to_rgb
 
 FPS = 12.5  # every second picture of the files
@@ -152,14 +153,17 @@ def test_fitting_clock_is_not_warned_of(shards, caplog):
     assert not caplog.records
 
 
-def test_jpegs_without_simplejpeg(shards, monkeypatch):
+@pytest.mark.parametrize("library", ["simplejpeg", "FFmpeg"])
+def test_jpegs_by_other_decoders(shards, monkeypatch, library):
     record = load_manifest(shards)[0]
     if record.codec != "mjpeg":
         pytest.skip("H.264 is always decoded by FFmpeg")
     times_s = np.arange(8) / FPS
     with open_record(record) as clip:
         expected = clip.read_video(times_s, None)
-        monkeypatch.setattr(shard_reader, "has_simplejpeg", lambda: False)
+        monkeypatch.setattr(JpegDecoder, "decode", lambda self, data: None)
+        if library == "FFmpeg":
+            monkeypatch.setattr(shard_decode, "_simplejpeg", lambda: None)
         found = clip.read_video(times_s, None)
     # Two decoders round their transforms apart.
     assert np.abs(found.astype(int) - expected).mean() < 2
