@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 import numpy as np
@@ -33,7 +33,7 @@ class DiskFullError(PackError):
 class PackOptions:
     """How clips are stored. Checked on creation; raises PackError.
 
-    codec: h264, or mjpeg: twice the bytes, quicker to decode.
+    codec: h264, or mjpeg: two thirds more bytes with the sound, quicker to decode.
     fps: pictures a second.
     short_side: height or width in pixels, the smaller one.
     crf: of x264; 26 is about as close to the source as JPEGs of quality 90, 20 is finer.
@@ -64,12 +64,16 @@ class PackOptions:
         if self.codec == "mjpeg":
             _require_simplejpeg()
 
+    def stored(self) -> dict[str, Any]:
+        """What all records of a folder have in common, by name."""
+        return {**asdict(self), "gop": GOP}
+
     def differing(self, found: dict[str, Any]) -> list[str]:
-        """`name = there, here` for each option that `found` has another value of."""
+        """`name = there, here` for each of these that `found` has another value of."""
         return [
-            f"{f.name} = {found.get(f.name)!r} there, {getattr(self, f.name)!r} asked"
-            for f in fields(self)
-            if found.get(f.name) != getattr(self, f.name)
+            f"{name} = {found.get(name)!r} there, {value!r} asked"
+            for name, value in self.stored().items()
+            if found.get(name) != value
         ]
 
 

@@ -16,7 +16,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from avmae_fast.data.label_sets import LabelSets
 from avmae_fast.data.manifest import FileManifest
-from avmae_fast.data.pack_clips import GOP, PackError, PackOptions
+from avmae_fast.data.pack_clips import PackError, PackOptions
 from avmae_fast.data.shard_index import INDEX_NAME, ROW, Index, read_index, write_whole
 from avmae_fast.data.shard_writer import index_beside
 
@@ -76,7 +76,7 @@ def open_folder(
     Raises:
         PackError: it holds something else, or another job, or an unfinished one without `resume`.
     """
-    job = {"format": _FORMAT, "manifest": digest(manifest), "options": asdict(options)}
+    job = {"format": _FORMAT, "manifest": digest(manifest), "options": options.stored()}
     record = folder / _PACK
     if record.exists():
         _require_same(record, job, options)
@@ -153,8 +153,7 @@ def finish(
     lines = [json.dumps(failure, sort_keys=True) + "\n" for failure in failures]
     write_whole(folder / _FAILED, "".join(lines).encode())
     header = {
-        **asdict(options),
-        "gop": GOP,
+        **options.stored(),
         "classes": manifest.classes,
         "clips": len(manifest),
         "failed": len(failures),

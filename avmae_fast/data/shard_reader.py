@@ -137,12 +137,12 @@ class ShardReader:
         if not record.samples:
             raise ClipError("no_audio", record.path, "there is no audio track")
         first, last = max(start, 0), min(start + samples, record.samples)
-        sound = np.zeros(0, np.int16)
-        if first < last:
-            data = self._shard.read(record.sound_at + 2 * first, 2 * (last - first), record.path)
-            sound = np.frombuffer(data, "<i2")
+        if first >= last:
+            return np.zeros(samples, np.int16)
+        data = self._shard.read(record.sound_at + 2 * first, 2 * (last - first), record.path)
+        sound = np.frombuffer(data, "<i2")
         if sound.size == samples:
-            return sound
+            return sound.astype(np.int16)
         out = np.zeros(samples, np.int16)
         place(out, first - start, sound)
         return out

@@ -331,6 +331,16 @@ def test_another_job(clips, packed):
         pack(_manifest(clips, ROWS[:3], "fewer.csv"), packed, OPTIONS)
 
 
+def test_keyframes_of_another_distance(clips, packed, tmp_path):
+    """A folder that an earlier version began is not gone on with: its index has one distance."""
+    shutil.copytree(packed, tmp_path / "out")
+    job = json.loads((tmp_path / "out" / "pack.json").read_text())
+    job["options"]["gop"] *= 2
+    (tmp_path / "out" / "pack.json").write_text(json.dumps(job))
+    with pytest.raises(PackError, match=r"packed otherwise \(gop = 16 there, 8 asked\)"):
+        pack(clips / "clips.csv", tmp_path / "out", OPTIONS, resume=True)
+
+
 def test_other_folders(clips, packed, tmp_path):
     (tmp_path / "mine.txt").write_text("")
     with pytest.raises(PackError, match="it holds mine.txt"):
