@@ -20,8 +20,8 @@ if CSRC not in ("auto", "0", "1"):
 def report_skipped(error: Exception) -> None:
     reason = textwrap.shorten(f"{type(error).__name__}: {error}", 120)
     print(
-        f"avmae_fast: csrc/ is not compiled ({reason}). Masks and crops will come from NumPy, which "
-        "is slower. Install a C++17 compiler and Python's headers, then reinstall.",
+        f"avmae_fast: csrc/ is not compiled ({reason}). Masks and crops will come from NumPy, "
+        "which is slower. Install a C++17 compiler and Python's headers, then reinstall.",
         flush=True,
     )
 

@@ -186,14 +186,14 @@ void py_crop_to_rgb(Pixels& out, const Lines& y, const Lines& u, const Lines& v,
 }
 
 void py_crop_to_i420(Pixels& out, const Lines& y, const Lines& u, const Lines& v, int64_t top,
-                     int64_t left, bool mirrored) {
+                     int64_t left, bool mirrored, bool full) {
   require(out.ndim() == 2 && out.shape(0) % 3 == 0, "out: must be [3h/2, w]");
   const Crop crop{top, left, out.shape(0) / 3 * 2, out.shape(1), mirrored};
   require((top | left | crop.height | crop.width) % 2 == 0, "crop: must be even");
   const Planes planes = planes_of(y, u, v, crop);
   uint8_t* bytes = out.mutable_data();
   py::gil_scoped_release release;
-  crop_to_i420(planes, crop, bytes);
+  crop_to_i420(planes, crop, full, bytes);
 }
 
 bool py_decode_jpeg(const py::bytes& data, int64_t height, int64_t width, Pixels& y, Pixels& u,
@@ -238,7 +238,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("top"), py::arg("left"), py::arg("mirrored"), py::arg("coefficients"));
   module.def("crop_to_i420", &avmae::py_crop_to_i420, py::arg("out").noconvert(),
              py::arg("y").noconvert(), py::arg("u").noconvert(), py::arg("v").noconvert(),
-             py::arg("top"), py::arg("left"), py::arg("mirrored"));
+             py::arg("top"), py::arg("left"), py::arg("mirrored"), py::arg("full"));
   module.def("decode_jpeg", &avmae::py_decode_jpeg, py::arg("data"), py::arg("height"),
              py::arg("width"), py::arg("y").noconvert(), py::arg("u").noconvert(),
              py::arg("v").noconvert());

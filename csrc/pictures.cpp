@@ -119,6 +119,13 @@ void reverse(const uint8_t* __restrict from, int64_t count, uint8_t* __restrict 
   for (int64_t i = 0; i < count; ++i) out[i] = from[count - 1 - i];
 }
 
+AVMAE_WIDE
+void limit(uint8_t* levels, int64_t count, int32_t scale, int32_t offset) {
+  offset += 1 << 15;
+  for (int64_t i = 0; i < count; ++i)
+    levels[i] = static_cast<uint8_t>((levels[i] * scale + offset) >> 16);
+}
+
 const uint8_t* at(const Plane& plane, int64_t line, int64_t column) {
   return plane.data + line * plane.line + column;
 }
@@ -176,12 +183,16 @@ void crop_to_rgb(const Planes& planes, const Crop& crop, const Coefficients& by,
   }
 }
 
-void crop_to_i420(const Planes& planes, const Crop& crop, uint8_t* out) {
+void crop_to_i420(const Planes& planes, const Crop& crop, bool full, uint8_t* out) {
   const Crop half{crop.top / 2, crop.left / 2, crop.height / 2, crop.width / 2, crop.mirrored};
   const int64_t luma = crop.height * crop.width;
   crop_plane(planes.y, crop, out);
   crop_plane(planes.u, half, out + luma);
   crop_plane(planes.v, half, out + luma + luma / 4);
+  if (full) {
+    limit(out, luma, 56284, 16 << 16);  // 219 / 255
+    limit(out + luma, luma / 2, 57569, (128 << 16) - 128 * 57569);  // 224 / 255, round 128
+  }
 }
 
 }  // namespace avmae

@@ -30,7 +30,8 @@ struct Coefficients {
 // out: [height, width, 3], contiguous. A pixel takes the chroma of its 2x2 block.
 void crop_to_rgb(const Planes& planes, const Crop& crop, const Coefficients& by, uint8_t* out);
 
-// out: [3 height / 2, width], contiguous, luma above U above V. All of `crop` must be even.
-void crop_to_i420(const Planes& planes, const Crop& crop, uint8_t* out);
+// out: [3 height / 2, width], contiguous, luma above U above V. All of `crop` must be even. Planes of
+// the full range of levels are brought to the limited one.
+void crop_to_i420(const Planes& planes, const Crop& crop, bool full, uint8_t* out);
 
 }  // namespace avmae

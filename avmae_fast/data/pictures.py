@@ -61,9 +61,10 @@ class YuvPicture:
 
 @dataclass(frozen=True, eq=False)
 class PlanesPicture:
-    """Planes of even sides that stay planes."""
+    """Planes of even sides that stay planes; `full`: of the full range until they are written."""
 
     planes: Planes
+    full: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,7 +74,7 @@ class PlanesPicture:
     def write(
         self, out: NDArray[np.uint8], top: int = 0, left: int = 0, mirrored: bool = False
     ) -> None:
-        crop_to_i420(out, self.planes, top, left, mirrored=mirrored)
+        crop_to_i420(out, self.planes, top, left, mirrored=mirrored, full=self.full)
 
 
 def picture_of(

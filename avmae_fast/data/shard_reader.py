@@ -23,9 +23,16 @@ from avmae_fast.data.clip import (
     Size,
     check_times,
     place,
+    resized_shape,
     stacked,
 )
-from avmae_fast.data.pictures import RgbPicture, YuvPicture, picture_of, resized
+from avmae_fast.data.pictures import (
+    PlanesPicture,
+    RgbPicture,
+    YuvPicture,
+    picture_of,
+    resized,
+)
 from avmae_fast.data.pyav_guard import Guard
 from avmae_fast.data.shard_decode import h264_pictures, jpeg_frame, jpeg_rgb
 from avmae_fast.data.shard_file import open_shard
@@ -92,11 +99,14 @@ class ShardReader:
             yield number, self._of_jpeg(decoder, number, data, size)
 
     def _of_jpeg(self, decoder: JpegDecoder, number: int, data: bytes, size: Size) -> Picture:
+        planes = decoder.decode(data)
         if self._pixels == "yuv420":
+            shape = self._record.height, self._record.width
+            if planes is not None and resized_shape(*shape, size) == shape:
+                return PlanesPicture(planes, full=True)
             frame = jpeg_frame(data)
             self._require_shape(number, frame.height, frame.width)
             return picture_of(frame, _reformatter, size, self._pixels)
-        planes = decoder.decode(data)
         if planes is not None:
             return resized(YuvPicture(planes, "bt601-full"), size)
         pixels = jpeg_rgb(data)

@@ -19,6 +19,10 @@ Bytes = NDArray[np.uint8]
 # Luma [H, W] and chroma [(H + 1) // 2, (W + 1) // 2] twice; lines may be padded.
 Planes = tuple[Bytes, Bytes, Bytes]
 
+# From the full range of levels to the limited one, in 2**-16: scale and offset of luma, 16 + 219 y
+# / 255, and of chroma, 128 + 224 (c - 128) / 255.
+_LIMITED = ((56284, 16 << 16), (57569, (128 << 16) - 128 * 57569))
+
 
 def crop_to_rgb(
     out: Bytes, planes: Planes, top: int, left: int, *, mirrored: bool, colour: str = "bt601"
@@ -49,13 +53,16 @@ def crop_to_rgb(
         raise
 
 
-def crop_to_i420(out: Bytes, planes: Planes, top: int, left: int, *, mirrored: bool) -> None:
+def crop_to_i420(
+    out: Bytes, planes: Planes, top: int, left: int, *, mirrored: bool, full: bool = False
+) -> None:
     """Write a rectangle of a picture to `out` as planes, the layout of `avmae_kernels.yuv`.
 
     Args:
         out: uint8 [3h/2, w], contiguous, h and w even.
         planes, mirrored: as of `crop_to_rgb`.
         top, left: the corner of the rectangle, even.
+        full: the planes are of the full range of levels, 0 to 255; `out` is of the limited one.
 
     Raises:
         ValueError: an argument is not as above, or the rectangle is not inside.
@@ -63,10 +70,10 @@ def crop_to_i420(out: Bytes, planes: Planes, top: int, left: int, *, mirrored: b
     module = compiled()
     if module is None:
         _require_i420(out, planes, top, left)
-        _crop_to_i420(out, planes, top, left, mirrored)
+        _crop_to_i420(out, planes, top, left, mirrored, full)
         return
     try:
-        module.crop_to_i420(out, *planes, top, left, mirrored)
+        module.crop_to_i420(out, *planes, top, left, mirrored, full)
     except (TypeError, ValueError):
         _require_i420(out, planes, top, left)
         raise
@@ -96,12 +103,17 @@ def _crop_to_rgb(
         target[..., channel] = scaled.clip(0, 255)
 
 
-def _crop_to_i420(out: Bytes, planes: Planes, top: int, left: int, mirrored: bool) -> None:
+def _crop_to_i420(
+    out: Bytes, planes: Planes, top: int, left: int, mirrored: bool, full: bool
+) -> None:
     luma, width = out.shape[0] // 3 * 2, out.shape[1]
     flat = out[luma:].reshape(2, luma // 2, width // 2)
     for target, plane, unit in zip((out[:luma], *flat), planes, (1, 2, 2), strict=True):
         rows, columns = target.shape
         part = plane[top // unit :, left // unit :][:rows, :columns]
+        if full:
+            scale, offset = _LIMITED[unit - 1]
+            part = ((part * np.int32(scale) + (offset + (1 << 15))) >> 16).astype(np.uint8)
         target[...] = part[:, ::-1] if mirrored else part
 
 

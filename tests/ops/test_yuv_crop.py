@@ -82,6 +82,25 @@ def test_planes_stay_planes(corner, mirrored) -> None:
     np.testing.assert_array_equal(got, expected[:, ::-1] if mirrored else expected)
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_full_range_becomes_limited(mirrored) -> None:
+    """Every level, luma by 219 / 255 from 16 on and chroma by 224 / 255 around 128."""
+    levels = np.arange(256, dtype=np.uint8)
+    y, u = np.tile(levels, (2, 1)), levels[None, ::2].copy()
+    v = levels[None, 1::2].copy()
+    out = np.empty((3, 256), np.uint8)
+    crop_to_i420(out, (y, u, v), 0, 0, mirrored=mirrored, full=True)
+    got = np.concatenate([out[:2], out[2].reshape(2, 128).repeat(2, 1)])
+    got = got[:, ::-1] if mirrored else got
+    exact = levels.astype(float)
+    luma, chroma = 16 + exact * 219 / 255, 128 + (exact - 128) * 224 / 255
+    # No exact level is within 2**-9 of a half, and the coefficients move none by 2**-10.
+    np.testing.assert_array_equal(got[0], np.rint(luma))
+    np.testing.assert_array_equal(got[1], np.rint(luma))
+    np.testing.assert_array_equal(got[2, ::2], np.rint(chroma[::2]))
+    np.testing.assert_array_equal(got[3, ::2], np.rint(chroma[1::2]))
+
+
 def test_nothing_beside_the_rectangle_is_written() -> None:
     planes, _ = _picture(9, 301)
     memory = np.full(3 * 5 * 41 * 3, 77, np.uint8)
