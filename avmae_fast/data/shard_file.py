@@ -5,6 +5,9 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from avmae_fast.data.clip import ClipError
 
 # A limit of 1024 open files is common, and a process opens other files too.
@@ -22,6 +25,10 @@ class ShardFile:
     stamp: int
 
     def read(self, at: int, count: int, record: Path) -> bytes:
+        """`count` bytes from `at` on; raises as `read_array`."""
+        return self.read_array(at, count, record).tobytes()
+
+    def read_array(self, at: int, count: int, record: Path) -> NDArray[np.uint8]:
         """`count` bytes from `at` on.
 
         Raises:
@@ -31,12 +38,13 @@ class ShardFile:
         try:
             # A damaged index may ask for more than any file has, or than memory holds.
             whole = at + count <= os.fstat(self.descriptor).st_size
-            data = os.pread(self.descriptor, count, at) if whole else b""
+            data = np.empty(count if whole else 0, np.uint8)
+            found = os.preadv(self.descriptor, [data.data], at) if data.size else 0
             now = os.fstat(self.descriptor)
         except OSError as error:
             forget(self.path)
             raise ClipError("open", record, str(error)) from error
-        if not whole or len(data) < count:
+        if not whole or found < count:
             detail = f"{self.path.name} ends at byte {now.st_size}, the record at {at + count}"
             raise ClipError("short", record, detail)
         if now.st_mtime_ns != self.stamp:

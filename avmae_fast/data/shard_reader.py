@@ -149,10 +149,10 @@ class ShardReader:
         first, last = max(start, 0), min(start + samples, record.samples)
         if first >= last:
             return np.zeros(samples, np.int16)
-        data = self._shard.read(record.sound_at + 2 * first, 2 * (last - first), record.path)
-        sound = np.frombuffer(data, "<i2")
+        at, size = record.sound_at + 2 * first, 2 * (last - first)
+        sound = self._shard.read_array(at, size, record.path).view("<i2")
         if sound.size == samples:
-            return sound.astype(np.int16)
+            return sound
         out = np.zeros(samples, np.int16)
         place(out, first - start, sound)
         return out
