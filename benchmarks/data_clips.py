@@ -1,7 +1,7 @@
 """Clips for the data benchmark: like those that people train on after the usual 256-pixel resize.
 
 340 x 256 at 25 pictures a second for 10 s, H.264 as FFmpeg encodes by default (preset medium, crf
-23, a keyframe every 250 pictures), AAC in stereo at 44.1 kHz: 0.3 to 0.45 MB each.
+23, a keyframe every 250 pictures), AAC in stereo at 44.1 kHz: about 0.3 MB each.
 """
 
 from collections.abc import Iterator

@@ -23,9 +23,12 @@ constexpr int kZigzag[64] = {0,  1,  8,  16, 9,  2,  3,  10, 17, 24, 32, 25, 18,
                              35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51,
                              58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};
 
-// A block has at most 64 symbols of 16 + 15 bits: so much may be read past the end of a scan before
+// Bits of a coefficient, T.81 table F.1. Two symbols with theirs fit into the 56 of a refill.
+constexpr int kMostBits = 11;
+
+// A block has at most 64 symbols of 16 + 11 bits: so much may be read past the end of a scan before
 // that is noticed.
-constexpr size_t kSlack = 64 * 31 / 8 + 16;
+constexpr size_t kSlack = 64 * 27 / 8 + 16;
 
 // Codes of up to this length are found by one look into a table.
 constexpr int kLookBits = 10;
@@ -71,6 +74,7 @@ void Codes::build(const uint8_t* counts, const uint8_t* values) {
     for (int i = 0; i < counts[length - 1]; ++i, ++code, ++place) {
       if (code >= 1 << length || place >= 256) return;
       const uint8_t symbol = symbols[static_cast<size_t>(place)] = values[place];
+      if ((symbol & 15) > kMostBits) return;
       const int size = symbol & 15, spare = kLookBits - length - size;
       for (int32_t rest = 0; spare >= 0 && rest < 1 << (spare + size); ++rest) {
         const int16_t value = static_cast<int16_t>(extended(rest >> spare, size));
@@ -126,7 +130,7 @@ Symbol Codes::long_symbol(uint32_t next) const {
           static_cast<uint8_t>(length + size)};
 }
 
-// Uses up to 16 + 15 bits. Where no code has these bits, `kEnd` with a value.
+// Uses up to 16 + 11 bits. Where no code has these bits, `kEnd` with a value.
 inline Symbol next_symbol(const Codes& codes, Bits* bits) {
   Symbol next = codes.look[bits->peek(kLookBits)];
   if (!next.bits) next = codes.long_symbol(bits->peek(32));
@@ -394,13 +398,15 @@ struct Coder {
     out[0] = static_cast<int16_t>(steps[0].times(previous) + (257 << (kFraction - 1)));
     size_t k = 0;
     Symbol symbol;
-    do {
-      bits.refill();
+    const auto advance = [&] {
       symbol = next_symbol(*ac, &bits);
       k += symbol.skip;
       const Step step = steps[k];
       out[step.place] = step.times(symbol.value);
-    } while (k < 63);
+      return k < 63;
+    };
+    do bits.refill();
+    while (advance() && advance());
     const bool ended = k == 63 || (symbol.skip == kEnd && symbol.value == 0);
     *shared = bits;
     return good && ended && !bits.overrun();
