@@ -212,7 +212,7 @@ inline void scatter_row(const uint8_t (*pixels)[kLanes], uint8_t* const* out, in
     b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 4]);
     b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + 4]);
   }
-  // b[2i], b[2i+1]: (i, i+4) pairs of lanes 0-7, 8-15.
+  // Pairs of pixels 4 apart, of lanes 0 to 7 and 8 to 15; then fours 2 apart, then all eight.
   for (int i = 0; i < 2; ++i)
     for (int half = 0; half < 2; ++half) {
       a[4 * half + 2 * i] = _mm_unpacklo_epi8(b[2 * i + half], b[2 * i + 4 + half]);
@@ -236,14 +236,13 @@ inline void scatter_row(const uint8_t (*pixels)[kLanes], uint8_t* const* out, in
 
 struct Component {
   uint8_t id, quantisation, dc, ac;
-  int32_t previous;
 };
 
 struct Header {
   int64_t height = 0, width = 0;
   std::array<Component, 3> components{};
-  std::array<const uint8_t*, 4> quantisation{};     // 64 bytes in zigzag order
-  std::array<const uint8_t*, 8> codes{};            // DC then AC: 16 counts, then symbols
+  std::array<const uint8_t*, 4> quantisation{};  // 64 bytes in zigzag order
+  std::array<const uint8_t*, 8> codes{};         // of DC, then of AC: 16 counts, then symbols
   const uint8_t *scan = nullptr, *end = nullptr;
 };
 
@@ -297,7 +296,7 @@ class Parser {
     for (size_t i = 0; i < 3; ++i) {
       const uint8_t* component = at + 6 + 3 * i;
       if (component[1] != (i ? 0x11 : 0x22) || component[2] > 3) return false;
-      out->components[i] = {component[0], component[2], 0, 0, 0};
+      out->components[i] = {component[0], component[2], 0, 0};
     }
     return out->height && out->width;
   }
@@ -413,7 +412,7 @@ struct Coder {
   }
 };
 
-// A row of units: where its blocks come from and go to.
+// One JPEG on its way from a scan to planes.
 class Picture {
  public:
   Picture(const Header& header, const std::vector<uint8_t>& scan, const JpegPlanes& out)
