@@ -4,7 +4,8 @@ import threading
 import time
 
 # wait: for a task; open: header and index; decode: to the decoder's pictures; convert: to RGB and
-# to the size wanted; sound: decoding and resampling it; copy: crop and flip into the batch.
+# to the size wanted, of pictures that are resized or turned; sound: decoding and resampling it;
+# copy: crop, flip and, of all other pictures, conversion to RGB, into the batch.
 STAGES = ("wait", "order", "open", "decode", "convert", "sound", "copy", "other")
 
 
