@@ -47,8 +47,8 @@ STARTS = ("scratch", "pretrained")
 VIEWS = Views(temporal=2, spatial=1)
 
 # Data and model of all runs; the recipe is the demo's otherwise. Nothing was chosen by how it does
-# on these clips: that was done on those of seed 0.
-CLIPS: dict[str, Any] = {"clips": 768, "classes": CLASSES, "seconds": 3.0, "size": 72, "seed": 1}
+# on these clips: that was done on those of other seeds.
+CLIPS: dict[str, Any] = {"clips": 768, "classes": CLASSES, "seconds": 3.0, "size": 72, "seed": 2}
 CLIPS["distractors"] = 2
 MODEL = [
     "model.video.frames=8",
@@ -273,7 +273,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     options.add_argument(
         "--folder", type=Path, default=Path("downstream"), help="of clips and runs"
     )
-    options.add_argument("--steps", type=int, default=1000, help="of pretraining (1000)")
+    options.add_argument("--steps", type=int, default=2000, help="of pretraining (2000)")
     options.add_argument("--tune-steps", type=int, default=120, help="of each fine-tuning (120)")
     options.add_argument("--labels", type=int, nargs="+", default=[4, 16], help="a class (4 16)")
     options.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
