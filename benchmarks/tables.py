@@ -128,7 +128,8 @@ TABLES: dict[str, Callable[[Result | None], str]] = {
 
 def _where(result: Result) -> str:
     machine = result["machine"]
-    return f"on {machine['cores']} cores of an {machine['processor']} ({result['date'][:10]})"
+    cores = f"{machine['cores']} core{'s' * (machine['cores'] > 1)}"
+    return f"on {cores} of an {machine['processor']} ({result['date'][:10]})"
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:

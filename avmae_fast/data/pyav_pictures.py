@@ -27,7 +27,7 @@ from avmae_fast.data.clip import (
     require_reached,
 )
 from avmae_fast.data.pictures import picture_of
-from avmae_fast.data.pyav_guard import Guard, seek
+from avmae_fast.data.pyav_guard import Guard, packets_of, seek
 from avmae_fast.data.stages import stage
 
 # Wanted pictures further apart than this may be worth a seek.
@@ -131,7 +131,7 @@ class Pictures:
 
     def _demux(self, last: int) -> tuple[list[Packet], bool]:
         packets: list[Packet] = []
-        for packet in self._container.demux(self._stream):
+        for packet in packets_of(self._container, self._stream):
             self._guard.check_time()
             if packet.size == 0 and packet.dts is None:
                 return packets, True  # what PyAV sends at the end of the file

@@ -19,7 +19,7 @@ from avmae_fast.data.clip import (
     require_reached,
     to_int16,
 )
-from avmae_fast.data.pyav_guard import Guard, seek
+from avmae_fast.data.pyav_guard import Guard, frames_of, seek
 
 # Timestamps that stray less than this from the count of samples are rounding, not a gap.
 _JITTER_S = 0.02
@@ -81,7 +81,7 @@ class Sound:
         out = np.zeros(count, np.float32)
         scale, zero = self._tick_s * self._rate, self._zero_s * self._rate
         position: int | None = None  # of the next sample, on the clip's clock
-        for frame in self._container.decode(self._stream):
+        for frame in frames_of(self._container, self._stream):
             self._guard.check_time()
             sound = _mono(frame)
             stamped = 0 if frame.pts is None else round(frame.pts * scale - zero)

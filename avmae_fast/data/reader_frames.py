@@ -30,7 +30,7 @@ from avmae_fast.data.clip import (
 )
 from avmae_fast.data.manifest import FramesRecord
 from avmae_fast.data.pictures import picture_of
-from avmae_fast.data.pyav_guard import Guard
+from avmae_fast.data.pyav_guard import Guard, frames_of
 from avmae_fast.data.reader_pyav import PyavReader
 
 
@@ -96,9 +96,10 @@ class FramesReader:
         # Bytes, because FFmpeg takes a name with numbers in it for the pattern of a sequence.
         with self._guard.errors("decode"), file.open("rb") as data:
             with av.open(data, "r") as container:
-                context = container.streams.video[0].codec_context
+                stream = container.streams.video[0]
+                context = stream.codec_context
                 context.thread_type, context.thread_count = ThreadType.NONE, 1
-                for frame in container.decode(video=0):
+                for frame in frames_of(container, stream):
                     if frame.is_corrupt:
                         break
                     return frame
