@@ -74,6 +74,7 @@ def data_table(result: Result | None) -> str:
         ("`avmae pack`", "packed_h264", "h264"),
         ("`avmae pack`, `data.pixels=yuv420`", "packed_h264_planes", "h264"),
         ("`avmae pack --codec mjpeg`", "packed_mjpeg", "mjpeg"),
+        ("`avmae pack --codec mjpeg`, `data.pixels=yuv420`", "packed_mjpeg_planes", "mjpeg"),
     ):
         if result is None or f"ms_{key}" not in result:
             rows.append((label, NOT_MEASURED, NOT_MEASURED, NOT_MEASURED))
