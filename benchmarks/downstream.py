@@ -42,6 +42,7 @@ from avmae_fast.train.score import HeadScores
 from benchmarks import harness
 
 CLASSES = 8
+KNOWN_ALONE = 4  # kinds that sound, or pictures, can tell apart
 KINDS = {"A": ("audio",), "V": ("video",), "AV": ("video", "audio")}
 STARTS = ("scratch", "pretrained")
 VIEWS = Views(temporal=2, spatial=1)
@@ -227,7 +228,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     """A plot of the accuracies over the label counts."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     colours = {"A": "tab:orange", "V": "tab:blue", "AV": "tab:green"}
     for kind in KINDS:
@@ -248,10 +249,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 capsize=3,
             )
     axes.axhline(100 * result["chance"], color="grey", linewidth=1, label="chance")
+    most = 100 * KNOWN_ALONE / result["classes"]
+    axes.axhline(most, color="grey", linewidth=1, linestyle=":", label="most that A or V tells")
     axes.set_xscale("log", base=2)
     axes.set_xticks(result["labels"], [str(n) for n in result["labels"]])
     axes.set(xlabel="labelled clips of each class", ylabel="accuracy on held-out clips, %")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=120)
 
 
