@@ -181,6 +181,11 @@ def test_threads_do_not_disturb_each_other():
 
 def test_other_python_threads_run_meanwhile():
     masking.implementation()
+    # Once is enough: while the lock is held it never happens, and a busy machine may not let it.
+    assert any(_another_thread_ran_meanwhile() for _ in range(20))
+
+
+def _another_thread_ran_meanwhile():
     called = []
 
     def call():
@@ -197,7 +202,7 @@ def test_other_python_threads_run_meanwhile():
     # The first and last fifth of the call are left out: Python runs at both ends of it.
     start, end = called
     fifth = (end - start) / 5
-    assert any(start + fifth < tick < end - fifth for tick in ticks)
+    return any(start + fifth < tick < end - fifth for tick in ticks)
 
 
 def test_without_the_compiled_module_numpy_stands_in_and_says_so_once(monkeypatch, caplog):
