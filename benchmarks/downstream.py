@@ -32,6 +32,7 @@ from avmae_fast.config_file import finetune_from_dict, load_config, to_dict
 from avmae_fast.data.manifest import Manifest, load_manifest
 from avmae_fast.data.samples import SampleSpec
 from avmae_fast.data.synth import synthesise
+from avmae_fast.data.synth_scene import MATERIALS
 from avmae_fast.data.views import ClipViews
 from avmae_fast.finetune_config import FinetuneConfig
 from avmae_fast.train.classifier_folder import load_classifier
@@ -42,7 +43,7 @@ from avmae_fast.train.score import HeadScores
 from benchmarks import harness
 
 CLASSES = 8
-KNOWN_ALONE = 4  # kinds that sound, or pictures, can tell apart
+KNOWN_ALONE = len(MATERIALS)  # as there are shapes: kinds that sound, or pictures, can tell apart
 KINDS = {"A": ("audio",), "V": ("video",), "AV": ("video", "audio")}
 STARTS = ("scratch", "pretrained")
 VIEWS = Views(temporal=2, spatial=1)

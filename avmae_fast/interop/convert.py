@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from avmae_fast.interop import huggingface
@@ -25,7 +24,6 @@ from avmae_fast.interop.finetuned import (
     FinetunedRun,
     export_classifier,
     import_classifier,
-    is_classifier,
 )
 from avmae_fast.interop.flax_msgpack import pack_tree
 from avmae_fast.interop.scenic import entries_of, read_leaves
@@ -41,7 +39,14 @@ from avmae_fast.interop.scenic_files import (
 )
 from avmae_fast.interop.vit import Shape
 from avmae_fast.models.encoder import Encoder
-from avmae_fast.models.pretrained import CONFIG, LEFT_OUT, WEIGHTS, load_model, save_model
+from avmae_fast.models.pretrained import (
+    CONFIG,
+    WEIGHTS,
+    architecture_of,
+    load_left_out,
+    load_model,
+    save_model,
+)
 
 OURS, SCENIC = "avmae", "scenic"
 ALL_FORMATS = (OURS, SCENIC, *FORMATS)
@@ -91,7 +96,7 @@ def convert(
     if wishes.classifier is not None:
         _require_way(read_as or SCENIC, write_as, SCENIC, OURS)
         return import_classifier(read_tree(source), wishes.classifier, out)
-    if is_classifier(source):
+    if architecture_of(source) == "Classifier":
         _require_way(read_as or OURS, write_as, OURS, SCENIC)
         write_bytes(out, pack_tree(export_classifier(source)))
         return [f"{source} is a classifier of ours"]
@@ -111,7 +116,7 @@ def _require_way(read_as: str, write_as: str, source: str, target: str) -> None:
 
 def _read(source: Path, read_as: str | None, wishes: Wishes) -> tuple[str, Imported]:
     """The format of the weights, and the model they make."""
-    if read_as == OURS or (read_as is None and _is_ours(source)):
+    if read_as == OURS or (read_as is None and architecture_of(source) is not None):
         return OURS, _asked_of(_read_ours(source), wishes)
     if read_as == SCENIC or (read_as is None and is_flax(source)):
         return SCENIC, _asked_of(import_scenic(read_tree(source), wishes.scenic), wishes)
@@ -207,20 +212,9 @@ def _scenic_tree(model: Imported) -> Any:
 
 def _read_ours(folder: Path) -> Imported:
     config, state, record = load_model(folder)
-    left_out = load_file(folder / LEFT_OUT) if (folder / LEFT_OUT).is_file() else {}
     decoder = any(name.startswith("decoder.") for name in state)
     source = record.get("source")
-    return Imported(config, state, decoder, dict(source or {}), [], left_out)
-
-
-def _is_ours(path: Path) -> bool:
-    if not (path / CONFIG).is_file():
-        return False
-    try:
-        record = json.loads((path / CONFIG).read_text())
-    except ValueError:
-        return False
-    return isinstance(record, dict) and "architecture" in record and "model" in record
+    return Imported(config, state, decoder, dict(source or {}), [], load_left_out(folder))
 
 
 def _write_folder(out: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

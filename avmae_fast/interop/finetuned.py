@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from avmae_fast.config_file import classifier_from_dict, to_dict
+from avmae_fast.config_file import classifier_from_dict
 from avmae_fast.finetune_config import ClassifierConfig, FinetuneConfig
 from avmae_fast.interop.entries import ConvertError
 from avmae_fast.interop.flax_msgpack import Tree
@@ -32,7 +32,7 @@ from avmae_fast.interop.scenic_files import (
     family_of,
     parameters,
 )
-from avmae_fast.models.pretrained import CONFIG, LEFT_OUT, WEIGHTS, save_model
+from avmae_fast.models.pretrained import CONFIG, WEIGHTS, load_left_out, save_finetuned
 
 _FORMAT = "scenic-classifier"
 
@@ -67,13 +67,9 @@ def import_classifier(tree: Tree, run: FinetunedRun, out: Path) -> list[str]:
     except ValueError as error:
         raise ConvertError(str(error)) from error
     idle = {} if config.has_bottleneck else {n: x for n, x in leaves.items() if n == "bottleneck"}
-    record = {
-        "source": {"format": _FORMAT, "family": family},
-        "classes": list(run.classes),
-        "run": to_dict(run.config),
-    }
+    record = {"source": {"format": _FORMAT, "family": family}}
     kept = {name: torch.from_numpy(np.array(x)) for name, x in idle.items()}
-    save_model(out, "Classifier", config, state, record, kept)
+    save_finetuned(out, run.config, run.classes, state, record, kept)
     notes = [f"a classifier of {' and '.join(config.modalities)}, {len(run.classes)} classes"]
     if config.has_bottleneck:
         notes.append(f"as configured, the file does not say: fusion_layer = {config.fusion_layer}")
@@ -92,22 +88,13 @@ def export_classifier(folder: Path) -> Tree:
         record = json.loads((folder / CONFIG).read_text())
         config = classifier_from_dict(record["model"])
         state = load_file(folder / WEIGHTS)
-        left_out = load_file(folder / LEFT_OUT) if (folder / LEFT_OUT).is_file() else {}
+        left_out = load_left_out(folder)
         source = record.get("source") or {}
         family: Family = source.get("family", "mbt")
         leaves = {**classifier_to_scenic(state, config, family), **_arrays(left_out)}
     except (OSError, KeyError, SafetensorError, ValueError) as error:
         raise ConvertError(f"{folder} cannot become a checkpoint: {error}") from error
     return checkpoint(leaves, 0, finetuned=True)
-
-
-def is_classifier(folder: Path) -> bool:
-    """Whether a folder is that of a classifier of ours."""
-    try:
-        record = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(record, dict) and record.get("architecture") == "Classifier"
 
 
 def _require_fit(leaves: Leaves, config: ClassifierConfig) -> None:

@@ -10,7 +10,7 @@ A folder is written beside its place and moved there whole: a reader finds the o
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from avmae_fast.config import ConfigError, ModelConfig
 from avmae_fast.config_file import model_from_dict, to_dict
-from avmae_fast.finetune_config import ClassifierConfig
+from avmae_fast.finetune_config import ClassifierConfig, FinetuneConfig
 
 CONFIG, WEIGHTS, LEFT_OUT = "config.json", "model.safetensors", "left_out.safetensors"
 
@@ -111,6 +111,34 @@ def save_model(
     (partial / CONFIG).write_text(json.dumps(text, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
+
+
+def save_finetuned(
+    folder: Path,
+    run: FinetuneConfig,
+    classes: Sequence[str],
+    weights: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    left_out: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the files of a `Classifier`, the run that made it and the names of its classes."""
+    record = {**record, "classes": list(classes), "run": to_dict(run)}
+    save_model(folder, "Classifier", run.model, weights, record, left_out)
+
+
+def architecture_of(folder: Path) -> str | None:
+    """The class of the model in a folder; None where there is no model of ours."""
+    try:
+        record = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(record, dict) and "model" in record
+    return record.get("architecture") if ours else None
+
+
+def load_left_out(folder: Path) -> dict[str, Tensor]:
+    """What converted weights held besides the model's."""
+    return load_file(folder / LEFT_OUT) if (folder / LEFT_OUT).is_file() else {}
 
 
 def load_model(folder: Path) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Any]]:

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from avmae_fast.config import ConfigError
-from avmae_fast.config_file import finetune_from_dict, to_dict
+from avmae_fast.config_file import finetune_from_dict
 from avmae_fast.finetune_config import FinetuneConfig
 from avmae_fast.models import Classifier
-from avmae_fast.models.pretrained import CONFIG, WEIGHTS, PretrainedError, save_model
+from avmae_fast.models.pretrained import CONFIG, WEIGHTS, PretrainedError, save_finetuned
 from avmae_fast.train.run_folder import CLASSIFIER, RUN, RunFolderError
 
 
@@ -37,9 +37,7 @@ def save_classifier(
     Args:
         record: what else config.json should say, such as the step and the versions.
     """
-    run = to_dict(config)
-    record = {**record, "classes": list(classes), "run": run}
-    save_model(config.train.out / CLASSIFIER, "Classifier", config.model, weights, record)
+    save_finetuned(config.train.out / CLASSIFIER, config, classes, weights, record)
 
 
 def load_classifier(path: Path) -> FinetunedModel:
